@@ -1,0 +1,40 @@
+# make demo    train a small GPT on English text and print its gradient noise scale, layer by layer
+# make test    format, lint, types and all tests
+# Both create .venv the first time; set PYTHON to choose the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+.SECONDARY:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/compile_time.py
+
+clean:
+	rm -rf $(VENV)
+
+# One stamp per extra: nothing is installed again until the requirements change.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

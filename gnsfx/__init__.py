@@ -1,0 +1,21 @@
+"""Exact per-example gradient norms and the gradient noise scale, from ``torch.compile(model, backend="gns")``."""
+
+from gnsfx.backend import compile, measuring
+from gnsfx.collector import mark_batch, per_example_sq_norms, sq_norms
+from gnsfx.errors import GnsError
+from gnsfx.noise_scale import NoiseScale
+from gnsfx.passes.rules import register_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GnsError",
+    "NoiseScale",
+    "__version__",
+    "compile",
+    "mark_batch",
+    "measuring",
+    "per_example_sq_norms",
+    "register_rule",
+    "sq_norms",
+]

@@ -1,0 +1,256 @@
+"""The ``torch.compile`` backend: plain Inductor, with the collector's leaf added to the graph and the pass configured.
+
+    captured graph --read_capture--> Plan --add_leaves--> graph + leaf --inner compiler + rewrite--> callable
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from gnsfx import _torch, marks
+from gnsfx.capture import Capture, read_capture, trains
+from gnsfx.collector import Collectors
+from gnsfx.config import Options, debug_level, split_options
+from gnsfx.errors import GnsWarning, RefusedError
+from gnsfx.passes.attach_collectors import add_leaves
+from gnsfx.passes.pipeline import Plan, Report, rewrite
+from gnsfx.passes.rules import RULES
+from gnsfx.passes.state import Batched, Mixed, Shared, State, describe
+
+Compiled = Callable[..., Any]
+
+
+def compile(  # noqa: A001  (the name of torch.compile)
+    model: Any = None,
+    *,
+    params: Any = "all",
+    per_example: bool = False,
+    strict: bool = False,
+    inner: Any = "inductor",
+    path: Any = "auto",
+    memory: int | None = None,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """``torch.compile(model, backend="gns")`` with our options as keywords; see :class:`gnsfx.config.Options`.
+
+    ``options`` are Inductor's, ``mode``, ``dynamic`` and ``fullgraph`` those of ``torch.compile``.
+
+    Raises:
+        OptionError: an option that does not exist, or a value it does not take.
+    """
+    ours = {"params": params, "per_example": per_example, "strict": strict, "inner": inner, "path": path, "memory": memory}
+    merged = {**(options or {}), **{f"gns.{k}": v for k, v in ours.items() if v is not None}}
+    split_options(merged)
+    return torch.compile(model, backend="gns", mode=mode, options=merged, **kwargs)  # type: ignore[call-overload]
+
+
+@contextmanager
+def measuring(enabled: bool = True) -> Iterator[None]:
+    """Measure only in some steps: forward passes inside ``with measuring(False)`` run plain Inductor.
+
+    Both versions stay compiled; switching costs nothing. The backward follows the forward it belongs to.
+
+    Example:
+        >>> for step, (x, y) in enumerate(loader):
+        ...     with gnsfx.measuring(step % 10 == 0):
+        ...         loss = loss_function(model(x), y)
+        ...     loss.backward()
+    """
+    with nullcontext() if enabled else _torch.force_backend(plain):
+        yield
+
+
+def plain(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
+    """Inductor as it is, with the options that are not ours."""
+    ours, inductor = split_options(options)
+    return _inner_compile(gm, example_inputs, ours, _patches(mode, inductor), None)
+
+
+def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
+    """Entry point ``gns`` of the group ``torch_dynamo_backends``.
+
+    Raises:
+        OptionError: a ``gns.*`` option that does not exist, or a value it does not take.
+        RefusedError: ``gns.strict`` and a parameter that cannot be measured exactly.
+    """
+    ours, inductor = split_options(options)
+    patches = _patches(mode, inductor)
+    if not trains(example_inputs):
+        return _inner_compile(gm, example_inputs, ours, patches, None)
+    capture = read_capture(gm, example_inputs, ours)
+    if not capture.plan.slots:
+        return _inner_compile(gm, example_inputs, ours, patches, None)
+    return CompiledGraph(gm, example_inputs, capture, ours, patches)
+
+
+def _patches(mode: str | None, inductor: dict[str, Any]) -> dict[str, Any]:
+    return {**(_torch.list_mode_options(mode) if mode else {}), **inductor}
+
+
+class CompiledGraph:
+    """One captured graph: compiled once, called with the parameters of any module that shares its code."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]) -> None:
+        self.capture, self.options = capture, options
+        self._original = gm
+        values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+        self._fake_inputs = [v if v is not None else x for v, x in zip(values, inputs, strict=True)]
+        self._report: Report | None = None
+        self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.collectors = Collectors(self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], _batch_of(capture), options.per_example)
+        leaves = self.collectors.fake_leaves(self._fake_inputs)
+        self._leaves = [f"gns_leaf_{i}" for i in range(len(leaves))]
+        rewriting = RewritePass(capture.plan, self._keep)
+        self._inner = _inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
+        if options.strict:
+            self._refuse_strictly()
+        elif self._report is not None:
+            self._warn()
+
+    def __call__(self, *args: Any) -> Any:
+        call = self.collectors.call(args)
+        results = self._inner(*args, *call.leaves)
+        results = tuple(results)[: self._outputs]
+        for index, result in enumerate(results):
+            if isinstance(result, Tensor) and result.grad_fn is not None:
+                result.register_hook(call.begin)
+                marks.record(result, self, index)
+        return results
+
+    def _keep(self, report: Report) -> None:
+        self._report = report
+
+    @property
+    def report(self) -> Report:
+        """What the passes did. On a compile-cache hit they did not run, so the graph is traced again when asked."""
+        if self._report is None:
+            trace(self)
+        assert self._report is not None
+        return self._report
+
+    def output_state(self, index: int) -> State | None:
+        """State of a result with sizes as numbers, for the graph behind a graph break."""
+        state = self.report.outputs[index] if index < len(self.report.outputs) else None
+        if isinstance(state, Batched):
+            return Batched(state.dim, _torch.size_hint(state.outer), _torch.size_hint(state.inner))
+        return state if isinstance(state, (Shared, Mixed)) else None
+
+    @property
+    def refusals(self) -> dict[int, str]:
+        """Slot -> reason. Known without tracing only if the passes ran in this process."""
+        return {i: r.reason for i, r in enumerate(self.report.records) if r.status == "refused"}
+
+    def _refused_names(self) -> list[str]:
+        return [f"{self.capture.names[self.capture.plan.slots[i]]}: {reason}" for i, reason in self.refusals.items()]
+
+    def _refuse_strictly(self) -> None:
+        if refused := self._refused_names():
+            raise RefusedError(f"{len(refused)} parameters cannot be measured exactly:\n  " + "\n  ".join(refused))
+
+    def _warn(self) -> None:
+        if refused := self._refused_names():
+            shown = "\n  ".join(refused[:5])
+            more = f"\n  ... and {len(refused) - 5} more" if len(refused) > 5 else ""
+            total = len(self.capture.plan.slots)
+            text = f"gns: {len(refused)} of {total} parameters are refused, the others are exact; see gnsfx.coverage(model).\n  {shown}{more}"
+            warnings.warn(text, GnsWarning, stacklevel=2)
+
+
+def _batch_of(capture: Capture) -> tuple[int, int] | None:
+    return capture.plan.batch
+
+
+class RewritePass(_torch.CustomGraphPass):
+    """The pass as Inductor sees it. Its uuid keeps the compile caches on."""
+
+    def __init__(self, plan: Plan, keep: Callable[[Report], None], keep_text: bool = False, before: Any = None) -> None:
+        self.plan, self.keep, self.keep_text, self.before = plan, keep, keep_text, before
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        keep_text = self.keep_text or debug_level() >= 3
+        report = rewrite(graph, self.plan, keep_text)
+        self.keep(report)
+        if debug_level() >= 1:
+            _print_debug(report)
+
+    def uuid(self) -> Any:
+        plan = self.plan
+        states = {i: describe(s) for i, s in plan.states.items()}
+        extra = sorted(str(op) for op in RULES)
+        before = self.before.uuid() if self.before is not None else None
+        return (sources_hash(), plan.slots, tuple(states.items()), plan.batch, plan.refusal, plan.memory, plan.forced, tuple(extra), before)
+
+
+def _print_debug(report: Report) -> None:
+    for record in report.records:
+        print(f"gns: input {record.slot} {list(record.shape)}: {record.status} {record.operation} {record.path} {record.reason}".rstrip())
+    if report.before:
+        print(f"gns: before\n{report.before}\ngns: after\n{report.after}")
+
+
+_hash: str | None = None
+
+
+def sources_hash() -> str:
+    """Hash of everything that decides what the rewritten graph looks like."""
+    global _hash
+    if _hash is None:
+        root = pathlib.Path(__file__).parent
+        digest = hashlib.sha256()
+        for folder in ("passes", "kernels"):
+            for path in sorted((root / folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+        _hash = digest.hexdigest()
+    return _hash
+
+
+def _inner_compile(gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any], rewriting: RewritePass | None) -> Compiled:
+    if options.inner == "eager":
+        return _eager_compile(gm, inputs, rewriting)
+    if rewriting is None:
+        return _torch.compile_fx(gm, list(inputs), config_patches=patches or None)
+    before = patches.pop("joint_custom_pre_pass", None) or _torch.inductor_config.joint_custom_pre_pass
+    rewriting.before = before
+    return _torch.compile_fx(gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": rewriting})
+
+
+def _eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePass | None) -> Compiled:
+    """Inductor's decompositions and our pass, no code generation."""
+
+    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if rewriting is not None:
+            rewriting(joint.graph)
+            joint.recompile()
+        return _torch.default_partition(joint, joint_inputs, **kwargs)
+
+    compiler = _torch.aot_autograd(
+        fw_compiler=lambda graph, _: graph.forward,
+        partition_fn=partition,
+        decompositions=_torch.select_decomp_table(),
+    )
+    return compiler(gm, list(inputs))
+
+
+def trace(graph: CompiledGraph, keep_text: bool = False) -> Report:
+    """Trace and rewrite the captured graph once more, compiling nothing, and keep the report."""
+    kept: list[Report] = []
+    rewriting = RewritePass(graph.capture.plan, kept.append, keep_text)
+    leaves = graph.collectors.fake_leaves(graph._fake_inputs)
+    gm = add_leaves(graph._original, graph._leaves)
+    with torch.enable_grad():
+        _eager_compile(gm, [*graph._fake_inputs, *leaves], rewriting)
+    graph._keep(kept[0])
+    return kept[0]

@@ -1,0 +1,155 @@
+"""What the backend reads off a captured graph before anything is traced: parameters, their names, the batch dimension.
+
+Everything the run-time needs is decided here, because on a compile-cache hit no pass runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from gnsfx import marks
+from gnsfx.config import Options
+from gnsfx.passes.pipeline import Plan
+from gnsfx.passes.state import Batched, Shared, State
+
+NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
+NORMALISES = {"rsqrt", "rsqrt_", "var", "var_mean", "std", "norm"} | NORM_FUNCTIONS
+MANY = "mark the batch dimension with gnsfx.mark_batch(tensor, dim), or dim=None for what all examples share"
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """``names`` and ``unselected`` belong to the trainable parameters among the graph inputs, by position."""
+
+    plan: Plan
+    names: dict[int, str]
+    unselected: tuple[int, ...]
+
+
+def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Capture:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names: dict[int, str] = {}
+    for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            names[index] = parameter_name(node)
+    chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i]))
+    states, batch, refusal = batch_states(placeholders, inputs)
+    plan = Plan(chosen, states, batch, refusal, options.memory, options.path)
+    return Capture(plan, names, tuple(i for i in names if i not in chosen))
+
+
+def source_name(node: Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", node.name)
+    return name() if callable(name) else name
+
+
+def parameter_name(node: Node) -> str:
+    """``L['self']._modules['ln']._parameters['weight']`` -> ``ln.weight``."""
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", source_name(node))
+    path = [a or b or c for a, b, c in parts]
+    keep = [p for p in path if p not in ("_modules", "_parameters", "_buffers")]
+    return ".".join(keep[1:]) or node.name
+
+
+def is_module_state(node: Node) -> bool:
+    """Buffers and other tensors that live on a module are not inputs that carry examples."""
+    source = getattr(node, "_dynamo_source", None)
+    kind = getattr(getattr(source, "guard_source", None), "name", "")
+    return "NN_MODULE" in kind
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+def selects(options: Options, name: str, parameter: Tensor, node: Node) -> bool:
+    if callable(options.params):
+        return bool(options.params(name, parameter))
+    return options.params == "all" or is_norm_parameter(node, parameter)
+
+
+def is_norm_parameter(node: Node, parameter: Tensor) -> bool:
+    """Scale or shift of a normalisation layer: a layer of PyTorch, a module called ``...Norm``, or one that normalises."""
+    consumers = list(node.users)
+    for user in consumers:
+        if _called(user) in NORM_FUNCTIONS:
+            return True
+        stack = list((user.meta.get("nn_module_stack") or {}).items())
+        if parameter.dim() > 1 or not stack:
+            continue
+        key, (_, kind) = stack[-1]
+        if "norm" in getattr(kind, "__name__", str(kind)).rsplit(".", 1)[-1].lower():
+            return True
+        peers = (n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or {})[-1:] == [key])
+        if any(_called(n) in NORMALISES for n in peers):
+            return True
+    return False
+
+
+def _called(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+# -------------------------------------------------------------------------------------------------------- the batch
+
+
+def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[dict[int, State], tuple[int, int] | None, str | None]:
+    """States of the inputs, where the number of examples is read off, and a reason to refuse everything.
+
+    Order of trust: what the user marked, what the graph that made the tensor recorded, then dimension 0 of the inputs
+    whose dimension 0 has the common size.
+    """
+    states: dict[int, State] = {}
+    pinned: dict[int, int] = {}
+    guesses: dict[int, int] = {}
+    for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            continue
+        mark = marks.marked(value)
+        if mark is not marks.UNMARKED:
+            if mark is not None:
+                states[index] = Batched(mark)
+                pinned[index] = value.shape[mark]
+            continue
+        produced = marks.produced(value)
+        if produced is not None:
+            states[index] = produced
+            if isinstance(produced, Batched) and produced.outer == 1 and produced.inner == 1:
+                pinned[index] = value.shape[produced.dim]
+            continue
+        if value.dim() and not is_module_state(node):
+            guesses[index] = value.shape[0]
+    sizes = Counter((pinned or guesses).values())
+    if not sizes:
+        return states, None, f"no input of the compiled graph carries a batch dimension; {MANY}"
+    if len(sizes) > 1 and pinned:
+        found = ", ".join(f"{source_name(placeholders[i])} has {n}" for i, n in pinned.items())
+        return states, None, f"the batch dimensions contradict each other: {found}; {MANY}"
+    # the most frequent size; then not 1, which broadcasts; then the first input
+    examples = max(sizes, key=lambda n: (n != 1, sizes[n]))
+    if examples == 0:
+        return states, None, "the batch is empty"
+    where = next(i for i, n in (pinned or guesses).items() if n == examples)
+    state = states.get(where)
+    batch = (where, state.dim if isinstance(state, Batched) else 0)
+    for index, size in guesses.items():
+        name = source_name(placeholders[index])
+        if size == examples:
+            states[index] = Batched(0)
+        else:
+            states[index] = Shared(f"input {name} has {size} rows where the batch has {examples}; {MANY}")
+    return states, batch, None
+
+
+def trains(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
+
+

@@ -1,0 +1,130 @@
+# ruff: noqa: E741 -- I and O are letters of the vocabulary
+"""Weight gradient of a convolution together with the squared norms of its per-example parts.
+
+    grad_output [B, R, O, *out], input [B, R, C, *in], weight [O, C/groups, *kernel]
+        ->  grad_weight (as weight), sq_norms [B]
+
+R rows of the convolution's batch belong to one example, usually one. A transposed weight is [C, O/groups, *kernel].
+Every method yields per-example gradients [chunk, *weight.shape], which are squared and added while in the cache.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
+from gnsfx.kernels.mm_norm import mm_sq_norm
+from gnsfx.kernels.tiling import budget_for, convolution_method, example_chunk
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """The arguments of ``aten.convolution`` that are not tensors, one entry per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def weight_gradient(self, grad_output: Tensor, input: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """[rows, O, *out], [rows, C, *in] -> gradient of ``weight``, of which only shape and dtype matter."""
+        mask = (False, True, False)
+        return torch.ops.aten.convolution_backward(
+            grad_output, input, weight, None, self.stride, self.padding, self.dilation,
+            self.transposed, self.output_padding, groups, mask,
+        )[1]  # fmt: skip
+
+
+def convolution_sq_norm(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Weight gradient in shape and dtype of ``weight`` (examples added in fp32 or fp64) and squared norms [B]."""
+    dims = weight.dim() - 2
+    lists = (tuple(p) * dims if len(p) == 1 else tuple(p) for p in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = lists
+    convolution = _Convolution(stride, padding, dilation, transposed, output_padding, groups)
+    positions = math.prod((input if transposed else grad_output).shape[3:])
+    method = convolution_method(weight.shape, stride, padding, dilation, transposed, groups, positions)
+    if method == "matmul":
+        return _patch_matmul(grad_output, input, weight)
+    dtype = accumulate_dtype(input.dtype)
+    if input.device.type == "cpu" and input.dtype == torch.float16:
+        grad_output, input = grad_output.to(dtype), input.to(dtype)  # fp16 has too little range for a partial sum
+    gradients = {"taps": _taps, "grouped": _grouped, "loop": _loop}[method]
+    grad = torch.zeros(weight.shape, dtype=dtype, device=input.device)
+    sq_norms = []
+    for products in gradients(grad_output, input, weight, convolution):
+        products = products.to(dtype)
+        sq_norms.append(square_sums(products.flatten(1)))
+        grad.add_(products[0] if len(products) == 1 else products.sum(0))
+    return grad.to(weight.dtype), torch.cat(sq_norms) if sq_norms else grad.new_zeros(0)
+
+
+def _patch_matmul(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches do not overlap, so the columns [B, R*positions, C*kernel] are a permuted view of the input."""
+    B, _, O, *out = grad_output.shape
+    kernel = weight.shape[2:]
+    for d, (n, k) in enumerate(zip(out, kernel, strict=True)):
+        # Split every spatial dimension into (position, offset); a remainder that no patch reached is dropped.
+        input = input.narrow(3 + 2 * d, 0, n * k).unflatten(3 + 2 * d, (n, k))
+    dims = len(out)
+    positions, offsets = [3 + 2 * d for d in range(dims)], [4 + 2 * d for d in range(dims)]
+    columns = input.permute(0, 1, *positions, 2, *offsets).reshape(B, 1, -1, weight[0].numel())
+    rows = grad_output.flatten(3).permute(0, 1, 3, 2).reshape(B, 1, -1, O)
+    grad, sq_norms = mm_sq_norm(rows, columns)
+    return grad.view(weight.shape).to(weight.dtype), sq_norms
+
+
+def _taps(grad_output: Tensor, input: Tensor, weight: Tensor, convolution: _Convolution) -> Iterator[Tensor]:
+    """Depthwise: P_b[c, 0, k] = sum over rows and positions of input shifted by k, times grad_output."""
+    dtype = accumulate_dtype(input.dtype)
+    kernel, out = weight.shape[2:], grad_output.shape[3:]
+    sides = [p for p in reversed(convolution.padding) for _ in range(2)]
+    reduce = (1, *range(3, grad_output.dim()))
+    chunk = _chunk(grad_output.shape[0], grad_output[0].numel(), input)
+    for start in range(0, grad_output.shape[0], chunk):
+        g = grad_output[start : start + chunk].to(dtype)
+        x = F.pad(input[start : start + chunk].to(dtype), sides)
+        products = g.new_empty(g.shape[0], *weight.shape)
+        for tap in itertools.product(*map(range, kernel)):
+            window = [slice(None)] * 3
+            for k, n, s, d in zip(tap, out, convolution.stride, convolution.dilation, strict=True):
+                window.append(slice(k * d, k * d + (n - 1) * s + 1, s))
+            products[(..., 0, *tap)] = (x[tuple(window)] * g).sum(reduce)
+        yield products
+
+
+def _grouped(grad_output: Tensor, input: Tensor, weight: Tensor, convolution: _Convolution) -> Iterator[Tensor]:
+    """A chunk of examples side by side as groups: rows [R, chunk*C, *in], weight [chunk*O, C/groups, *kernel]."""
+    chunk = _chunk(grad_output.shape[0], weight.numel(), input)
+    for start in range(0, grad_output.shape[0], chunk):
+        g = grad_output[start : start + chunk].transpose(0, 1).flatten(1, 2)
+        x = input[start : start + chunk].transpose(0, 1).flatten(1, 2)
+        count = min(chunk, grad_output.shape[0] - start)
+        wide = x.new_empty(1).expand(count * weight.shape[0], *weight.shape[1:])
+        yield convolution.weight_gradient(g, x, wide, count * convolution.groups).view(count, *weight.shape)
+
+
+def _loop(grad_output: Tensor, input: Tensor, weight: Tensor, convolution: _Convolution) -> Iterator[Tensor]:
+    shape = input.new_empty(1).expand(weight.shape)
+    for g, x in zip(grad_output.unbind(0), input.unbind(0), strict=True):
+        yield convolution.weight_gradient(g, x, shape, convolution.groups).unsqueeze(0)
+
+
+def _chunk(B: int, per_example: int, like: Tensor) -> int:
+    return example_chunk(B, per_example, accumulate_dtype(like.dtype).itemsize, budget_for(like.device.type))

@@ -1,0 +1,92 @@
+# ruff: noqa: E741 -- I and O are letters of the vocabulary
+"""The ops that gnsfx puts into a graph, as ``torch.ops.gnsfx.*``: schemas, fake kernels and implementations.
+
+They enter a joint graph after autograd has run, so none has a derivative. Letters: B examples, E independent
+contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32, or fp64 where the inputs are fp64.
+
+| op                    | arguments                                  | results                            |
+|-----------------------|--------------------------------------------|------------------------------------|
+| mm_sq_norm            | x [B,E,T,I], g [B,E,T,O]                   | grad [E,I,O], sq_norms [B]         |
+| ghost_sq_norm         | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]                       |
+| embedding_sq_norm     | ids [B,T], g [B,T,D]                       | sq_norms [B]                       |
+| convolution_sq_norm   | grad_output [B,R,O,..], input [B,R,C,..], weight, .. | grad_weight, sq_norms [B] |
+| tied_sq_norm          | ids [B,S], g [B,S,D], x [B,T,D], h [B,T,V] | sq_norms [B]                       |
+| collect               | n tensors [B]                              | [n, B]                             |
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gnsfx.kernels.accumulate import accumulate_dtype
+from gnsfx.kernels.convolution_norm import convolution_sq_norm
+from gnsfx.kernels.embedding_norm import embedding_sq_norm
+from gnsfx.kernels.ghost_norm import ghost_sq_norm
+from gnsfx.kernels.mm_norm import mm_sq_norm
+from gnsfx.kernels.tied_norm import tied_sq_norm
+
+# Kept across importlib.reload: an op disappears with the Library that defined it.
+_LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("gnsfx", "FRAGMENT")
+
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    # Any strides will do; without this Inductor copies an input whose layout differs from the traced one.
+    torch.Tag.flexible_layout,
+)
+
+
+def collect(sq_norms: Sequence[Tensor]) -> Tensor:
+    """n tensors [B] of floating dtype -> [n, B] in fp32, or fp64 if any is fp64."""
+    dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
+    return torch.stack([s.to(dtype) for s in sq_norms])
+
+
+def _fake_mm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    B, E, _, I = x.shape
+    return x.new_empty(E, I, g.shape[3]), x.new_empty(B, dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_ghost(x: Tensor, g: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_embedding(ids: Tensor, g: Tensor) -> Tensor:
+    return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype))
+
+
+def _fake_convolution(grad_output: Tensor, input: Tensor, weight: Tensor, *_) -> tuple[Tensor, Tensor]:
+    sq_norms = input.new_empty(input.shape[0], dtype=accumulate_dtype(input.dtype))
+    return weight.new_empty(weight.shape), sq_norms
+
+
+def _fake_tied(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype, h.dtype))
+
+
+def _fake_collect(sq_norms: Sequence[Tensor]) -> Tensor:
+    dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
+    return sq_norms[0].new_empty(len(sq_norms), sq_norms[0].shape[0], dtype=dtype)
+
+
+def _register(schema: str, kernel: Callable, fake: Callable) -> None:
+    name = schema.partition("(")[0]
+    if hasattr(torch.ops.gnsfx, name):  # a second import; the first one's kernels stay
+        return
+    _LIBRARY.define(schema, tags=_TAGS)
+    # Inputs of a call outside a graph may require grad, which out= arguments inside the kernels would refuse.
+    _LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gnsfx::{name}", fake, lib=_LIBRARY)
+
+
+_register("mm_sq_norm(Tensor x, Tensor g) -> (Tensor, Tensor)", mm_sq_norm, _fake_mm)
+_register("ghost_sq_norm(Tensor x, Tensor g) -> Tensor", ghost_sq_norm, _fake_ghost)
+_register("embedding_sq_norm(Tensor ids, Tensor g) -> Tensor", embedding_sq_norm, _fake_embedding)
+_register(
+    "convolution_sq_norm(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups) -> (Tensor, Tensor)",
+    convolution_sq_norm,
+    _fake_convolution,
+)
+_register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_sq_norm, _fake_tied)
+_register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)

@@ -1,0 +1,103 @@
+"""Getting the norms out: a leaf tensor whose gradient they become.
+
+    captured graph   (..., leaf) -> (..., probe(leaf))             one more input, one more output, nothing else
+    joint graph      grad of leaf = probe_backward(...)   ->       grad of leaf = the norms
+
+Autograd's own accumulation then adds the norms of every backward into ``leaf.grad``: no hooks, no side effects, no
+graph breaks, and the compile caches stay valid, because all of it is in the graph. The extra output is dropped before
+the caller sees it; being an output of its own, it cannot disturb how the others alias each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from gnsfx.errors import GraphError
+from gnsfx.passes.emit import Emitter
+from gnsfx.passes.state import Size
+
+aten = torch.ops.aten
+REFUSED = float("-inf")
+"""In the slot of a refused parameter. A sum of squares is never negative, and nothing added to it brings it back."""
+
+_library = torch.library.Library("gnsfx", "FRAGMENT")
+_library.define("probe(Tensor leaf) -> Tensor")
+_library.define("probe_backward(Tensor grad, Tensor leaf) -> Tensor")
+_library.impl("probe", lambda leaf: leaf.new_zeros(()), "CompositeExplicitAutograd")
+_library.impl("probe_backward", lambda grad, leaf: torch.full_like(leaf, REFUSED), "CompositeExplicitAutograd")
+torch.library.register_fake("gnsfx::probe", lambda leaf: leaf.new_empty(()), lib=_library)
+torch.library.register_fake("gnsfx::probe_backward", lambda grad, leaf: torch.empty_like(leaf), lib=_library)
+torch.library.register_autograd(
+    "gnsfx::probe",
+    lambda ctx, grad: torch.ops.gnsfx.probe_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+    lib=_library,
+)
+
+
+def add_leaves(gm: GraphModule, names: Sequence[str]) -> GraphModule:
+    """A copy of the captured graph with one input and one output more per name. Dynamo keeps using the original."""
+    graph, env = Graph(), {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        if node.op == "placeholder":
+            env[node]._dynamo_source = getattr(node, "_dynamo_source", None)
+    copy = GraphModule(gm, graph)
+    copy.meta = gm.meta
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    output = graph.output_node()
+    leaves = []
+    with graph.inserting_after(placeholders[-1]):
+        for name in reversed(names):
+            leaf = graph.placeholder(name)
+            leaf._dynamo_source = None  # type: ignore[attr-defined]  # as for inputs that no user variable names
+            leaves.insert(0, leaf)
+    with graph.inserting_before(output):
+        probes = [graph.call_function(torch.ops.gnsfx.probe.default, (leaf,)) for leaf in leaves]
+    output.args = ((*output.args[0], *probes),)  # type: ignore[misc]
+    copy.recompile()
+    return copy
+
+
+def slots(graph: Graph) -> list[Node]:
+    """The gradient slots of the leaves, in the order of the leaves."""
+    order = [n for n in graph.nodes if n.op == "placeholder"]
+    found = [n for n in graph.nodes if n.target is torch.ops.gnsfx.probe_backward.default]
+    return sorted(found, key=lambda n: order.index(n.args[1]))
+
+
+def attach_collectors(graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], examples: Size) -> None:
+    """Let the first leaf's gradient be (2, n): sums over examples, and how many; the second's, if any, (n, B).
+
+    ``sq_norms`` holds a (B,) node and the status per slot; without a node the slot says refused, or zero where unused.
+
+    Raises:
+        GraphError: the graph has no leaf.
+    """
+    found = slots(graph)
+    if not found:
+        raise GraphError("the joint graph has no collector.")
+    value = found[0].meta["val"]
+    like = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+    with emit.at(graph.output_node()):
+        missing = {s for node, s in sq_norms if node is None}
+        constants = {s: emit(aten.full.default, [emit.size(examples)], 0.0 if s == "unused" else REFUSED, **like) for s in missing}
+        parts = [node if node is not None else constants[s] for node, s in sq_norms]
+        stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
+        sums = emit(aten.sum.dim_IntList, stacked, [1])
+        counts = emit(aten.full.default, [len(parts)], emit.size(examples), **like)
+        both = emit.view(emit(aten.cat.default, [sums, counts]), [2, len(parts)])
+        for slot, new in zip(found, [both, stacked], strict=False):
+            slot.replace_all_uses_with(new)
+    for probe in [n for n in graph.nodes if n.target is torch.ops.gnsfx.probe.default]:
+        with emit.at(probe):
+            constant = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
+            constant.meta["partitioner_tag"] = "is_forward"
+        probe.replace_all_uses_with(constant)
+
+

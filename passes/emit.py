@@ -1,0 +1,199 @@
+"""Writing nodes into a joint graph: metadata, symbolic sizes, and the two layouts every measurement starts from.
+
+    split    (..., outer*B*inner, ...)      -> (B, ..., outer*inner, ...)     the example axis in front
+    square   (B, ...)                       -> (B,)                           in fp32, or fp64 for fp64
+    lift     f(partial, shared)             -> (B, ...)                       f applied to each example, by vmap
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gnsfx._torch import detect_fake_mode, known, select_decomp_table, tree_flatten, tree_map, tree_unflatten
+from gnsfx.errors import GraphError
+from gnsfx.passes.joint_graph import fake
+from gnsfx.passes.state import Batched, Size
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Squares and their sums: fp64 for fp64 (and complex128), else fp32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+class Emitter:
+    """Inserts nodes with metadata; ``with emit.at(node)`` says where."""
+
+    def __init__(self, graph: Graph, examples: Size) -> None:
+        self.graph, self.examples = graph, examples
+        values = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        self.fake_mode = detect_fake_mode(values)
+        self._sizes: dict[Any, Node] = {}
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                continue
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                self._sizes.setdefault(value.node.expr, node)
+        self._like: Node | None = None
+
+    @contextmanager
+    def at(self, node: Node) -> Iterator[None]:
+        """Insert before ``node``, with its place in the user's source."""
+        before, self._like = self._like, node
+        with self.graph.inserting_before(node):
+            yield
+        self._like = before
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = tree_map(fake, (args, kwargs))
+        with self.fake_mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        if self._like is not None and "stack_trace" in self._like.meta:
+            node.meta["stack_trace"] = self._like.meta["stack_trace"]
+        node.meta["partitioner_tag"] = "is_backward"
+        return node
+
+    def size(self, size: Size) -> int | Node:
+        """A size as an argument: an int, or a node that computes it."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = sympy.sympify(size.node.expr)
+        if expression.is_Integer:
+            return int(expression)
+        return self._expression(expression)
+
+    def _expression(self, expression: Any) -> int | Node:
+        if expression.is_Integer:
+            return int(expression)
+        if expression in self._sizes:
+            return self._sizes[expression]
+        found = self._from_inputs(expression)
+        if found is None and isinstance(expression, (sympy.Mul, sympy.Add)):
+            combine = operator.mul if isinstance(expression, sympy.Mul) else operator.add
+            parts = [self._expression(part) for part in expression.args]
+            found = parts[0]
+            for part in parts[1:]:
+                found = self._sym(combine, found, part)
+        if not isinstance(found, Node):
+            raise GraphError(f"the size {expression} cannot be computed from the graph inputs.")
+        self._sizes[expression] = found
+        return found
+
+    def _from_inputs(self, expression: Any) -> Node | None:
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+                continue
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and sympy.sympify(size.node.expr) == expression:
+                    return self._sym(aten.sym_size.int, node, dim)
+        return None
+
+    def _sym(self, target: Any, *args: Any) -> Node:
+        last = max((n for n in self.graph.nodes if n.op == "placeholder"), key=lambda n: self._order.get(n, -1))
+        anchor = max([last, *[a for a in args if isinstance(a, Node)]], key=lambda n: self._rank(n))
+        with self.graph.inserting_after(anchor):
+            node = self.graph.call_function(target, args)
+        node.meta["val"] = target(*[fake(a) for a in args])
+        return node
+
+    def _rank(self, node: Node) -> int:
+        return next(i for i, n in enumerate(self.graph.nodes) if n is node)
+
+    # ------------------------------------------------------------------------------------------------- layouts
+
+    def shape(self, node: Node) -> tuple[Size, ...]:
+        return tuple(node.meta["val"].shape)
+
+    def view(self, node: Node, shape: Sequence[Size]) -> Node:
+        """A reshape that copies only where strides demand it."""
+        own = self.shape(node)
+        if len(own) == len(shape) and all(known(a == b) for a, b in zip(own, shape, strict=True)):
+            return node
+        if not _viewable(node.meta["val"], shape, self.fake_mode):
+            node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self(aten.view.default, node, [self.size(s) for s in shape])
+
+    def permute(self, node: Node, dims: Sequence[int]) -> Node:
+        return node if list(dims) == list(range(len(dims))) else self(aten.permute.default, node, list(dims))
+
+    def split(self, node: Node, state: Batched) -> Node:
+        """(..., outer*B*inner, ...) -> (B, ..., outer*inner, ...): example b is ``result[b]``, with the rank of ``node``."""
+        shape, dim = self.shape(node), state.dim
+        if known(state.outer == 1) and known(state.inner == 1):
+            parts = self(aten.unsqueeze.default, node, dim + 1)
+            return self.permute(parts, [dim, *[d for d in range(len(shape) + 1) if d != dim]])
+        sizes = [*shape[:dim], state.outer, self.examples, state.inner, *shape[dim + 1 :]]
+        parts = self(aten.view.default, node, [self.size(s) for s in sizes])  # splitting one dimension never copies
+        front = self.permute(parts, [dim + 1, *[d for d in range(len(sizes)) if d != dim + 1]])
+        return self.view(front, [self.examples, *shape[:dim], state.outer * state.inner, *shape[dim + 1 :]])
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return node if node.meta["val"].dtype == dtype else self(prims.convert_element_type.default, node, dtype)
+
+    def square(self, node: Node) -> Node:
+        """(B, ...) -> (B,): squared norm of every example."""
+        value = node.meta["val"]
+        if value.dtype.is_complex:
+            node = self(aten.view_as_real.default, node)
+        node = self.cast(node, accumulate_dtype(value.dtype))
+        squares = self(aten.mul.Tensor, node, node)
+        dims = list(range(1, node.meta["val"].dim()))
+        return self(aten.sum.dim_IntList, squares, dims) if dims else squares
+
+    def lift(self, node: Node, per_example: Mapping[Node, Node], scaled: Mapping[Node, Node], index: int | None = None) -> Node:
+        """``node`` with each argument of ``per_example`` replaced by its (B, ...) version, by ``torch.func.vmap``.
+
+        ``scaled`` replaces shared terms (each example owns 1/B of them); ``index`` picks one of several results.
+        """
+        flat, spec = tree_flatten((node.args, node.kwargs))
+        nodes = [a for a in dict.fromkeys(a for a in flat if isinstance(a, Node))]
+        sources = [per_example.get(n, scaled.get(n, n)) for n in nodes]
+        in_dims = tuple(0 if n in per_example else None for n in nodes)
+        position = {n: i for i, n in enumerate(nodes)}
+
+        def apply(*values: Any) -> Any:
+            args, kwargs = tree_unflatten([values[position[a]] if isinstance(a, Node) else a for a in flat], spec)
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result if index is None else result[index]
+
+        def batched(*values: Any) -> Any:
+            return torch.func.vmap(apply, in_dims=in_dims, randomness="same")(*values)
+
+        with self.fake_mode:
+            traced = make_fx(batched, decomposition_table=select_decomp_table())(*[n.meta["val"] for n in sources])
+        return self.inline(traced.graph, sources)
+
+    def inline(self, graph: Graph, inputs: Sequence[Node]) -> Node:
+        """Copy the nodes of a traced graph with one result to here."""
+        env: dict[Node, Any] = dict(zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = tree_map(lambda a: env.get(a, a) if isinstance(a, Node) else a, (node.args, node.kwargs))
+                env[node] = self(node.target, *args, **kwargs)
+            elif node.op == "output":
+                return env[node.args[0]]
+            elif node.op != "placeholder":
+                raise GraphError(f"a lifted op holds a constant ({node.format_node()}).")
+        raise GraphError("a lifted op returns nothing.")
+
+
+def _viewable(value: torch.Tensor, shape: Sequence[Size], mode: Any) -> bool:
+    try:
+        with mode:
+            aten.view.default(value, list(shape))
+    except (RuntimeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,324 @@
+"""The rewrite: for one parameter's gradient, nodes that compute s_b = |f(P_b)|^2 for every example b.
+
+    permutation of one contraction     s_b = |P_b|^2                 on the path with the lowest cost
+    sum of contractions                s_b = |sum_i P_ib|^2          one longer contraction, or the tied kernel
+    any other linear map f             s_b = |f(P_b)|^2              f lifted over the stack of all P_b
+    shared (a term no example owns)    s_b = |g|^2 / B^2             each example gets 1/B of it, before squaring
+    batched (a row per example)        s_b = |g_b|^2
+    mixed                              refused, with the node's reason and the user's source line
+
+Numerics: the gradient itself changes by rounding at most (a sum over examples in fp32, fp64 for fp64); on the paths
+outer, ghost, segments and tied it keeps its bits, because the contraction stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gnsfx._torch import known
+from gnsfx.kernels import cost
+from gnsfx.passes.contractions import Convolution, Lookup, Matmul, Reduction, find_contraction
+from gnsfx.passes.emit import Emitter, accumulate_dtype
+from gnsfx.passes.joint_graph import JointGraph, source_line
+from gnsfx.passes.propagate import States
+from gnsfx.passes.rules.indexing import Layout
+from gnsfx.passes.rules.table import LINEAR, Op, arguments
+from gnsfx.passes.select_path import Choice, Planner
+from gnsfx.passes.state import Batched, Mixed, Partial, Shared
+from gnsfx.passes.terms import Term, find_terms, peel
+
+aten, ops = torch.ops.aten, torch.ops.gnsfx
+PUTS = (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
+
+
+@dataclass(slots=True)
+class Record:
+    """What was decided for one parameter. ``costs`` holds every candidate path."""
+
+    slot: int
+    shape: tuple[Any, ...]
+    status: str = "measured"
+    operation: str = ""
+    path: str = ""
+    reason: str = ""
+    costs: dict[str, cost.Cost] = field(default_factory=dict)
+    sq_norm: Node | None = None
+
+
+def refuse(record: Record, mixed: Mixed) -> Record:
+    node, line = mixed.node, source_line(mixed.node)
+    record.status, record.path = "refused", ""
+    record.operation = str(node.target) if node is not None else ""
+    where = f" (at {node.target}" + (f", {line}" if line else "") + ")" if node is not None else ""
+    record.reason = mixed.reason + where
+    return record
+
+
+class Measurer:
+    """Writes the measurements of one graph. Contractions are rewritten once, however many gradients use them."""
+
+    def __init__(self, view: JointGraph, states: States, emit: Emitter, planner: Planner) -> None:
+        self.view, self.states, self.emit, self.planner = view, states, emit, planner
+        self._stacks: dict[Node, Node] = {}
+        self._singles: dict[Node, Record] = {}
+        self._replacements: list[tuple[Node, Node]] = []
+
+    def apply(self) -> None:
+        """Put the rewritten gradients in place. Until then the graph reads as it was traced."""
+        for node, value in self._replacements:
+            node.replace_all_uses_with(value)
+
+    def measure(self, record: Record, gradient: Node) -> Record:
+        if known(self.emit.examples == 1):  # the one example owns the whole gradient, however it was computed
+            with self.emit.at(self.view.output):
+                record.operation, record.path = str(gradient.target).removeprefix("aten."), "whole"
+                record.sq_norm = self.emit.square(self.emit(aten.unsqueeze.default, gradient, 0))
+            return record
+        state = self.states.get(gradient, Shared())
+        if isinstance(state, tuple):
+            state = Mixed("a tuple is returned as a gradient", gradient)
+        if isinstance(state, Shared) and state.doubt:
+            state = Mixed(f"the gradient passes through no batched input: {state.doubt}", gradient)
+        if isinstance(state, Mixed):
+            return refuse(record, state)
+        if isinstance(state, Partial):
+            return self._partial(record, gradient)
+        with self.emit.at(self.view.output):
+            if isinstance(state, Batched):
+                record.operation, record.path = "one row per example", "rows"
+                record.sq_norm = self.emit.square(self.emit.split(gradient, state))
+            else:
+                record.operation, record.path = "term of no example", "shared"
+                record.sq_norm = self._of_all(gradient)
+        return record
+
+    # ------------------------------------------------------------------------------------------- partial gradients
+
+    def _partial(self, record: Record, gradient: Node) -> Record:
+        terms = find_terms(gradient, self.states)
+        if terms and len(terms) == 1:
+            return self._single(record, terms[0])
+        if terms and (done := self._combined(record, terms)):
+            return done
+        leaf, scale, _ = peel(gradient)
+        record.operation = str(leaf.target).removeprefix("aten.").removesuffix(".default")
+        with self.emit.at(self.view.output):
+            lookup = self._lookup_of_partial(leaf)
+            if lookup is not None:
+                record.path = "segments"
+                record.sq_norm = self._scaled(self.emit(ops.embedding_sq_norm.default, *lookup), scale)
+                return record
+            record.path = "lift"
+            stack = self._stack(gradient)
+            record.sq_norm = self.emit.square(stack)
+        record.reason = self.planner.memory_note(stack.meta["val"])
+        return record
+
+    def _single(self, record: Record, term: Term) -> Record:
+        found = term.contraction
+        record.operation = found.operation
+        known_ = self._singles.get(found.node)
+        if known_ is not None:  # two parameters added to one weight have the same gradient
+            record.path, record.costs, record.sq_norm = known_.path, known_.costs, known_.sq_norm
+        elif isinstance(found, Matmul) and not found.node.meta["val"].dtype.is_complex:
+            choice = self.planner.matmul(found, self.emit)
+            self._matmul(record, choice, found.node, *self._factors(found))
+        elif isinstance(found, Lookup) and not found.node.meta["val"].dtype.is_complex:
+            record.path, record.costs = "segments", self.planner.lookup(found).costs
+            with self.emit.at(found.node):
+                record.sq_norm = self.emit(ops.embedding_sq_norm.default, *found.factors(self.emit))
+        elif isinstance(found, Convolution) and not found.node.meta["val"].dtype.is_complex:
+            record.path, record.costs = "convolution", self.planner.convolution(found).costs
+            record.sq_norm = self._convolution(found)
+        else:
+            record.path = "reduction" if isinstance(found, Reduction) or found.operation.startswith("convolution") else "lift"
+            with self.emit.at(found.node):
+                record.sq_norm = self.emit.square(self._stack(found.node))
+        self._singles.setdefault(found.node, replace(record))
+        with self.emit.at(self.view.output):
+            record.sq_norm = self._scaled(record.sq_norm, term.scale)
+        return record
+
+    def _factors(self, found: Matmul) -> tuple[Node, Node]:
+        with self.emit.at(found.node):
+            return found.factors(self.emit)
+
+    def _matmul(self, record: Record, choice: Choice, node: Node, x: Node, g: Node) -> None:
+        """``node`` = sum_b x_b^T g_b (E, I, O up to a view) for x (B, E, T, I) and g (B, E, T, O)."""
+        emit = self.emit
+        record.path, record.costs = choice.path, choice.costs
+        with emit.at(node):
+            if choice.path == "outer":
+                record.sq_norm = emit(aten.mul.Tensor, emit.square(x), emit.square(g))
+            elif choice.path == "ghost":
+                record.sq_norm = emit(ops.ghost_sq_norm.default, x, g)
+            elif choice.path == "chunked":
+                both = emit(ops.mm_sq_norm.default, x, g)
+                record.sq_norm = emit(operator.getitem, both, 1)
+                self._replace(node, emit(operator.getitem, both, 0))
+            else:
+                (B, E, T, I), O = emit.shape(x), emit.shape(g)[-1]  # noqa: E741
+                left = emit.view(emit.permute(x, [0, 1, 3, 2]), [B * E, I, T])
+                stack = emit.view(emit(aten.bmm.default, left, emit.view(g, [B * E, T, O])), [B, E, I, O])
+                self._stacks[node] = emit.view(stack, [B, *emit.shape(node)])
+                record.sq_norm = emit.square(stack)
+                self._replace_by_sum(node, stack)
+
+    def _convolution(self, found: Convolution) -> Node:
+        emit, backward = self.emit, found.node.args[0]
+        assert isinstance(backward, Node)
+        op = arguments(backward)
+        with emit.at(found.node):
+            g, x = found.factors(emit)
+            both = emit(ops.convolution_sq_norm.default, g, x, op["weight"], *[op[n] for n in (
+                "stride", "padding", "dilation", "transposed", "output_padding", "groups")])  # fmt: skip
+            norms, weight = emit(operator.getitem, both, 1), emit(operator.getitem, both, 0)
+        self._replace(found.node, weight)
+        mask = [op["output_mask"][0], False, op["output_mask"][2]]
+        backward.args = (*backward.args[:10], mask)
+        backward.meta["val"] = tuple(v if keep else None for v, keep in zip(backward.meta["val"], mask, strict=True))
+        return norms
+
+    # --------------------------------------------------------------------------------------- sums of several terms
+
+    def _combined(self, record: Record, terms: list[Term]) -> Record | None:
+        """A parameter used more than once: sum_i x_i^T g_i is one contraction over the concatenated positions."""
+        matmuls = [t for t in terms if isinstance(t.contraction, Matmul)]
+        lookups = [t for t in terms if isinstance(t.contraction, Lookup)]
+        plain = all(t.transposed is not None and t.contraction.node.meta["val"].dim() == 2 for t in terms)
+        complex_ = any(t.contraction.node.meta["val"].dtype.is_complex for t in terms)
+        if len(matmuls) + len(lookups) < len(terms) or not plain or complex_ or any(t.transposed for t in lookups):
+            return None
+        root = terms[0].root
+        with self.emit.at(root):
+            dtype = torch.promote_types(*(t.contraction.node.meta["val"].dtype for t in (terms[0], terms[-1])))
+            pairs = [self._oriented(t, dtype) for t in matmuls]
+            x, g = (self._concatenate([p[i] for p in pairs], 2) for i in (0, 1)) if pairs else (None, None)
+            looked = [self._looked_up(t, dtype) for t in lookups]
+            ids, rows = (self._concatenate([p[i] for p in looked], 1) for i in (0, 1)) if looked else (None, None)
+            record.operation = " + ".join(t.contraction.operation for t in terms)
+            if ids is None:
+                assert x is not None and g is not None
+            elif x is None or g is None:
+                record.path, record.sq_norm = "segments", self.emit(ops.embedding_sq_norm.default, ids, rows)
+                return record
+            else:  # the table is (V, D): x carries the rows, g the width
+                squeeze = [self.emit(aten.squeeze.dim, f, 1) for f in (g, x)]
+                record.path, record.sq_norm = "tied", self.emit(ops.tied_sq_norm.default, ids, rows, *squeeze)
+                return record
+        choice = self.planner.factors(x, g, self.emit)
+        self._matmul(record, choice, root, x, g)
+        return record
+
+    def _oriented(self, term: Term, dtype: torch.dtype) -> tuple[Node, Node]:
+        assert isinstance(term.contraction, Matmul)
+        x, g = term.contraction.factors(self.emit)
+        x, g = (g, x) if term.transposed else (x, g)
+        g = self._scaled(g, term.scale, squared=False)
+        return self.emit.cast(x, dtype), self.emit.cast(g, dtype)
+
+    def _looked_up(self, term: Term, dtype: torch.dtype) -> tuple[Node, Node]:
+        assert isinstance(term.contraction, Lookup)
+        ids, g = term.contraction.factors(self.emit)
+        return self.emit.cast(ids, torch.int64), self.emit.cast(self._scaled(g, term.scale, squared=False), dtype)
+
+    def _concatenate(self, parts: list[Node], dim: int) -> Node:
+        return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, dim)
+
+    # ------------------------------------------------------------------------------------------ stacks and helpers
+
+    def _stack(self, node: Node) -> Node:
+        """(B, *shape of node): the contribution of each example to a value that is summed over examples."""
+        if node in self._stacks:
+            return self._stacks[node]
+        emit, state = self.emit, self.states.get(node, Shared())
+        assert isinstance(state, Partial)
+        found = find_contraction(node, self.states)
+        if found is not None:
+            with emit.at(node):
+                stack = found.materialise(emit)
+                self._stacks[node] = stack
+                if isinstance(found, (Matmul, Reduction)) or found.operation == "convolution_backward":
+                    self._replace_by_sum(node, stack)
+            return stack
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, Node)
+        inputs = [a for a in dict.fromkeys(source.all_input_nodes) if a in self.states]
+        partial = {a: self._stack(a) for a in inputs if isinstance(self.states[a], Partial)}
+        with emit.at(node):
+            shared = {a: self._share(a) for a in self._joint(source, partial)}
+            stack = emit.lift(source, partial, shared, node.args[1] if source is not node else None)
+        self._stacks[node] = stack
+        return stack
+
+    def _joint(self, node: Node, partial: dict[Node, Node]) -> list[Node]:
+        """Shared terms added to a partial one: every example owns 1/B of them."""
+        additive = ("self", "other", "tensors", "src", "values")
+        bound = arguments(node)
+        names = {k for k, v in bound.items() for a in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(a, Node) and a in partial}
+        group = next(g for g in LINEAR[node.target] if names <= g)
+        terms = [a for k in group if k in additive for a in (bound[k] if isinstance(bound[k], (list, tuple)) else [bound[k]])]
+        return [a for a in terms if isinstance(a, Node) and a not in partial and isinstance(a.meta.get("val"), torch.Tensor)]
+
+    def _share(self, node: Node) -> Node:
+        if not node.meta["val"].dtype.is_floating_point and not node.meta["val"].dtype.is_complex:
+            return node
+        return self.emit(aten.div.Tensor, node, self.emit.size(self.emit.examples))
+
+    def _of_all(self, gradient: Node) -> Node:
+        """(B,) of |g / B|^2."""
+        emit = self.emit
+        total = emit.square(emit(aten.unsqueeze.default, self._share(gradient), 0))
+        return emit(aten.expand.default, total, [emit.size(emit.examples)])
+
+    def _lookup_of_partial(self, leaf: Node) -> tuple[Node, Node] | None:
+        """Rows gathered once for the whole batch (position embeddings): ids are shared, the values are partial."""
+        if leaf.target not in PUTS or leaf.meta["val"].dtype.is_complex:
+            return None
+        op = arguments(leaf)
+        table, values = op["self"], op["values"]
+        layout = Layout(Op(leaf, self.states, self.emit.examples, True), op["indices"])
+        zeros = table.target is aten.full.default and table.args[1] == 0
+        shape = (*layout.shape, *self.emit.shape(table)[1:])
+        exact = len(shape) == values.meta["val"].dim() and all(known(a == b) for a, b in zip(shape, self.emit.shape(values), strict=True))
+        if layout.where != [0] or layout.masks or not zeros or not exact or not isinstance(self.states[values], Partial):
+            return None
+        emit, index = self.emit, layout.nodes[0]
+        g = self._stack(values)
+        width = len(layout.shape)
+        if op.get("mask") is not None:
+            zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False)
+            g = emit(aten.where.self, op["mask"], g, zero)
+            none = emit(aten.full.default, [], 0, dtype=index.meta["val"].dtype, device=index.meta["val"].device, pin_memory=False)
+            index = emit(aten.where.self, emit.view(op["mask"], list(layout.shape)), index, none)
+        T = D = 1
+        for size in layout.shape:
+            T = T * size
+        for size in shape[width:]:
+            D = D * size
+        ids = emit(aten.expand.default, emit.view(index, [1, T]), [emit.size(emit.examples), emit.size(T)])
+        return ids, emit.view(g, [emit.examples, T, D])
+
+    def _scaled(self, node: Node | None, scale: float, squared: bool = True) -> Node:
+        assert node is not None
+        return node if abs(scale) == 1.0 and (squared or scale == 1.0) else self.emit(aten.mul.Tensor, node, scale * scale if squared else scale)
+
+    def _replace_by_sum(self, node: Node, stack: Node) -> None:
+        dtype = accumulate_dtype(node.meta["val"].dtype)
+        if stack.meta["val"].dtype.is_complex:
+            total = self.emit(aten.sum.dim_IntList, stack, [0])
+        else:
+            total = self.emit(aten.sum.dim_IntList, stack, [0], False, dtype=dtype)
+        self._replace(node, total)
+
+    def _replace(self, node: Node, value: Node) -> None:
+        """Let ``value`` be the gradient in place of ``node``, with its dtype and shape."""
+        value = self.emit.view(self.emit.cast(value, node.meta["val"].dtype), self.emit.shape(node))
+        self._replacements.append((node, value))
+
+

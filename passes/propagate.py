@@ -1,0 +1,155 @@
+"""State propagation: where the example is in every node of a joint graph.
+
+    joint graph, states of its inputs -> {node: state}
+
+Two things go beyond asking the rule table node by node.
+
+*Tangents.* A tangent carries the examples where the forward output does. In the backward, the gradient of a batched
+value is batched the same way, even before it has met anything that depends on the example: the backward of
+``loss = out.sum()`` is an ``expand`` of a scalar. Autograd's sequence numbers pair the backward nodes of an op with
+its forward nodes, and the shapes say which argument the gradient belongs to. Where that is not unique the value is
+*shared, with a doubt*, and a gradient that rests on the doubt is refused.
+
+*Linearity.* The backward is linear in the tangents, so a value already summed over examples may still pass through
+linear ops with shared arguments: f(sum_b P_b) = sum_b f(P_b).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gnsfx._torch import known
+from gnsfx.passes.joint_graph import JointGraph
+from gnsfx.passes.rules import LINEAR, RULES, Op
+from gnsfx.passes.rules.pointwise import is_pointwise, pointwise_rule
+from gnsfx.passes.rules.table import arguments
+from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, same_fold
+
+States = dict[Node, Any]
+ACCUMULATION = "Gradient addition node"
+COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
+
+
+def propagate(view: JointGraph, inputs: Mapping[int, State], examples: Size) -> States:
+    """States of all nodes. ``inputs`` gives the states of the graph inputs; those left out are shared.
+
+    Nodes with several results have a tuple of states; nodes that are not tensors have none.
+    """
+    states: States = {node: inputs.get(index, Shared()) for index, node in view.inputs.items()}
+    forward = [n for n in view.graph.nodes if n not in view.backward]
+    regions: dict[int, list[Node]] = defaultdict(list)
+    for node in forward:
+        _visit(node, states, examples, view, regions)
+        if node.op == "call_function" and "seq_nr" in node.meta:
+            regions[node.meta["seq_nr"]].append(node)
+    for tangent, output in view.tangents.items():
+        states[tangent] = states[output] if output in states else Mixed("the tangent of an output that is not in the graph", tangent)
+    for node in view.graph.nodes:
+        if node in view.backward and node not in view.tangents:
+            _visit(node, states, examples, view, regions)
+    return states
+
+
+def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions: Mapping[int, list[Node]]) -> None:
+    if node.op != "call_function" or node in states:
+        if node.op == "get_attr":
+            states[node] = Shared()
+        return
+    if node.target is operator.getitem:
+        source = states.get(node.args[0])  # type: ignore[arg-type]
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            states[node] = source[node.args[1]] if isinstance(source, tuple) else source or Shared()
+        return
+    value = node.meta.get("val")
+    if not isinstance(value, (torch.Tensor, tuple, list)):
+        return  # a size
+    state = _state(node, states, examples, node in view.backward, regions)
+    if isinstance(value, (tuple, list)) and not isinstance(state, tuple):
+        state = (state,) * len(value)
+    states[node] = state
+
+
+def _state(node: Node, states: States, examples: Size, tangent: bool, regions: Mapping[int, list[Node]]) -> Any:
+    incoming = [(n, states[n]) for n in node.all_input_nodes if n in states]
+    flat = [s for _, state in incoming for s in (state if isinstance(state, tuple) else (state,))]
+    for state in flat:
+        if isinstance(state, Mixed):
+            return state
+    if any(isinstance(s, Partial) for s in flat):
+        return _linear(node, states)
+    if all(isinstance(s, Shared) for s in flat):
+        doubt = next((s.doubt for s in flat if s.doubt), None) or _random(node)
+        return _cotangent(node, Shared(doubt), states, regions) if tangent else Shared(doubt)
+    rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
+    if rule is None:
+        return Mixed(f"no rule for {node.target}", node)
+    return rule(Op(node, states, examples, tangent))
+
+
+def _random(node: Node) -> str | None:
+    """Rows of a random tensor may be examples that the graph makes itself."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return f"it depends on {node.target} but on no batched input" if seeded else None
+
+
+def _linear(node: Node, states: States) -> State:
+    """The state of an op with an argument that is already summed over examples."""
+    if node.target not in LINEAR:
+        return Mixed(f"no rule for {node.target} of a gradient that is already summed over the batch", node)
+    bound = arguments(node)
+    partial, batched = set(), False
+    for name, value in bound.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            state = states.get(item) if isinstance(item, Node) else None
+            partial |= {name} if isinstance(state, Partial) else set()
+            batched |= isinstance(state, Batched)
+            if isinstance(state, Shared) and state.doubt and name in ("self", "other", "tensors", "src", "values"):
+                return Mixed(state.doubt, node)
+    if batched:
+        return Mixed(COUPLED, node)
+    affine = node.target in (torch.ops.aten.add.Scalar, torch.ops.aten.sub.Scalar) or bound.get("value") not in (None, 0)
+    if affine or not any(partial <= group for group in LINEAR[node.target]):
+        return Mixed(f"{node.target} is not linear in a gradient that is already summed over the batch", node)
+    return Partial()
+
+
+def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, list[Node]]) -> State:
+    """The state of a backward value that has met no batched value yet: that of the forward value it is the gradient of."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return state
+    if str(node.meta.get("stack_trace", "")).strip().startswith(ACCUMULATION):
+        return state  # every term is shared, so the forward value is
+    number = node.meta.get("seq_nr")
+    leaves = any(user.op == "output" or user.meta.get("seq_nr") != number for user in node.users)
+    region = regions.get(number, []) if number is not None else []
+    inside = set(region)
+    arguments_ = [(a, states[a]) for n in region for a in tensors_of(n) if a not in inside and a in states]
+    arguments_ += [(a, states[a]) for n in region for a in tensors_of(n) if a in inside and a in states]
+    if not leaves or not any(isinstance(s, (Batched, Mixed)) for _, s in arguments_):
+        return state
+    same = [s for a, s in arguments_ if _same_shape(a.meta["val"], value)]
+    kinds = [s for s in same if isinstance(s, (Batched, Mixed))]
+    if same and len(kinds) == len(same):
+        first = kinds[0]
+        if isinstance(first, Mixed) or all(isinstance(s, Batched) and s.dim == first.dim and same_fold(s, first) for s in kinds):
+            return first
+    if same and not kinds:
+        return state
+    return Shared("whether its examples are summed here could not be told from the graph")
+
+
+def tensors_of(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(known(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+

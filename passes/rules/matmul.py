@@ -1,0 +1,66 @@
+"""Matrix products.
+
+    (B*T, I) @ (I, O)                      rows batched -> batched(0)
+    (I, B*T) @ (B*T, O), backward          both contracted over the examples -> partial: the weight gradient
+    (B, D) @ (D, B)                        examples meet other examples -> mixed (in-batch negatives)
+"""
+
+from __future__ import annotations
+
+from gnsfx.passes.rules.table import Op, overloads, rule
+from gnsfx.passes.state import Batched, Shared, State, same_fold
+
+CROSS = "a matrix product of examples with other examples (in-batch negatives, attention across the batch)"
+
+
+def matmul_state(op: Op, left: str, right: str) -> State:
+    """State of ``left @ right`` for 2-D, or 3-D with a leading dimension that is not contracted."""
+    a, b = op.state(left), op.state(right)
+    lead = len(op.shape(left)) - 2
+    at_a = a.dim - lead if isinstance(a, Batched) else None  # 0 rows, 1 contracted, negative: leading
+    at_b = b.dim - lead if isinstance(b, Batched) else None  # 0 contracted, 1 columns
+    if isinstance(a, Batched) and isinstance(b, Batched) and not same_fold(a, b):
+        return op.mixed("a matrix product of values folded differently")
+    if at_a is None:
+        assert isinstance(b, Batched)
+        return op.contracted() if at_b == 0 else b
+    assert isinstance(a, Batched)
+    if at_b is None:
+        return op.contracted() if at_a == 1 else a
+    if at_a == -1 and at_b == -1:
+        return a
+    return op.contracted() if (at_a, at_b) == (1, 0) else op.mixed(CROSS)
+
+
+@rule(*overloads("aten.mm.default", "aten.bmm.default", "aten.mm.dtype", "aten.bmm.dtype"), linear=["self", "mat2"])
+def mm_rule(op: Op) -> State:
+    return matmul_state(op, "self", "mat2")
+
+
+@rule(*overloads("aten.dot.default", "aten.vdot.default"), linear=["self", "other"])
+def dot_rule(op: Op) -> State:
+    return op.contracted()
+
+
+@rule(*overloads("aten.mv.default"), linear=["self", "vec"])
+def mv_rule(op: Op) -> State:
+    a, b = op.state("self"), op.state("vec")
+    if isinstance(a, Batched) and a.dim == 0:
+        return op.mixed(CROSS) if isinstance(b, Batched) else a
+    return op.contracted()
+
+
+@rule(*overloads("aten.addmm.default", "aten.baddbmm.default"))
+def addmm_rule(op: Op) -> State:
+    left, right = ("mat1", "mat2") if "mat1" in op.args else ("batch1", "batch2")
+    shared = not isinstance(op.state(left), Batched) and not isinstance(op.state(right), Batched)
+    state = Shared() if shared else matmul_state(op, left, right)
+    bias = op.state("self")
+    if not isinstance(bias, Batched):
+        return state if isinstance(state, (Batched, Shared)) else op.mixed("adds to a weight gradient inside a matrix product")
+    here = bias.at(bias.dim + len(op.shape()) - len(op.shape("self")))
+    if isinstance(state, Batched) and (state.dim != here.dim or not same_fold(state, here)):
+        return op.mixed("adds values whose examples lie along different dimensions")
+    return state if isinstance(state, Batched) else here if shared else op.mixed(CROSS)
+
+

@@ -1,0 +1,149 @@
+"""Convolution, pooling, resampling, normalisation, attention and Fourier transforms: ops whose leading dimensions are independent.
+
+    convolution_backward((B, O, ...), (B, C, ...))  -> batched(0), partial, partial
+    scaled_dot_product_attention of (B, H, T, D)    -> batched(0), logsumexp batched(0), random state shared
+"""
+
+from __future__ import annotations
+
+import re
+
+from gnsfx._torch import known
+from gnsfx.passes.rules.pointwise import tensors
+from gnsfx.passes.rules.table import Op, overloads, rule
+from gnsfx.passes.state import Batched, Shared, State, rows, same_fold
+
+
+def leading(op: Op, names: list[str] | None = None, below: int = 1) -> State:
+    """The one state that the batched arguments share, if it lies in the first ``below`` dimensions."""
+    values = [op[n] for n in names if op[n] is not None] if names else tensors(op)
+    found: Batched | None = None
+    for value in values:
+        state = op.state(value)
+        if not isinstance(state, Batched):
+            continue
+        if state.dim >= below:
+            return op.mixed(f"works across dimension {state.dim}, where the examples lie")
+        if found is not None and (found.dim != state.dim or not same_fold(found, state)):
+            return op.mixed("the examples lie along different dimensions of two arguments")
+        found = state
+    return found or Shared()
+
+
+def outputs(op: Op, state: State) -> State | tuple[State, ...]:
+    """The same state for every output that has the batched dimension; random seeds and the like are shared."""
+    value = op.node.meta["val"]
+    if not isinstance(value, (tuple, list)):
+        return state
+
+    def of(v: object) -> State:
+        shape = tuple(getattr(v, "shape", ()))
+        fits = isinstance(state, Batched) and len(shape) > state.dim and known(shape[state.dim] == rows(state, op.examples))
+        return state if fits or not isinstance(state, Batched) else Shared()
+
+    return tuple(of(v) for v in value)
+
+
+@rule(*overloads("aten.convolution.default"), linear=["input", "weight"])
+def convolution_rule(op: Op) -> State:
+    if op.batched("weight", "bias"):
+        return op.mixed("convolves with a weight that depends on the example")
+    return leading(op, ["input"])
+
+
+@rule(*overloads("aten.convolution_backward.default"))
+def convolution_backward_rule(op: Op) -> tuple[State, ...]:
+    state = leading(op, ["grad_output", "input"])
+    if not isinstance(state, Batched) or op.batched("weight"):
+        return (op.mixed("convolves with a weight that depends on the example") if op.batched("weight") else state,) * 3
+    output = op.state("grad_output")
+    return output, op.contracted(), op.contracted() if isinstance(output, Batched) else output
+
+
+SPATIAL = overloads(*(f"aten.{name}" for name in (
+    "avg_pool1d.default", "avg_pool2d.default", "avg_pool2d_backward.default", "avg_pool3d.default", "avg_pool3d_backward.default",
+    "max_pool2d_with_indices.default", "max_pool2d_with_indices_backward.default", "max_pool3d_with_indices.default",
+    "max_pool3d_with_indices_backward.default", "_adaptive_avg_pool2d.default", "_adaptive_avg_pool2d_backward.default",
+    "_adaptive_avg_pool3d.default", "_adaptive_avg_pool3d_backward.default", "adaptive_max_pool2d.default",
+    "adaptive_max_pool2d_backward.default", "adaptive_max_pool3d.default", "adaptive_max_pool3d_backward.default",
+    "fractional_max_pool2d.default", "fractional_max_pool2d_backward.default",
+    "max_unpool2d.default", "upsample_nearest1d.default", "upsample_nearest1d_backward.default", "upsample_nearest2d.default",
+    "upsample_nearest2d_backward.default", "upsample_nearest3d.default", "upsample_nearest3d_backward.default",
+    "upsample_linear1d.default", "upsample_linear1d_backward.default", "upsample_bilinear2d.default",
+    "upsample_bilinear2d_backward.default", "upsample_trilinear3d.default", "upsample_trilinear3d_backward.default",
+    "upsample_bicubic2d.default", "upsample_bicubic2d_backward.default", "_upsample_bilinear2d_aa.default",
+    "_upsample_bilinear2d_aa_backward.default", "reflection_pad1d.default", "reflection_pad1d_backward.default",
+    "reflection_pad2d.default", "reflection_pad2d_backward.default", "reflection_pad3d.default", "reflection_pad3d_backward.default",
+    "replication_pad1d.default", "replication_pad1d_backward.default", "replication_pad2d.default", "replication_pad2d_backward.default",
+    "replication_pad3d.default", "replication_pad3d_backward.default",
+    "_unsafe_upsample_nearest2d.default",
+)))  # fmt: skip
+SPATIAL += overloads("prims._low_memory_max_pool_with_offsets.default", "prims._low_memory_max_pool_offsets_to_indices.default")
+
+
+@rule(*SPATIAL, linear=[])
+def spatial_rule(op: Op) -> State | tuple[State, ...]:
+    """Pooling, resampling and padding of the last n dimensions; examples and channels stay apart."""
+    found = re.search(r"([123])d", str(op.node.target))
+    spatial = int(found.group(1)) if found else 2
+    state = leading(op, below=len(op.shape(tensors(op)[0])) - spatial)
+    return outputs(op, state)
+
+
+@rule(*overloads("aten.grid_sampler_2d.default", "aten.grid_sampler_2d_backward.default", "aten.grid_sampler_3d.default",
+                 "aten.grid_sampler_3d_backward.default", "aten.im2col.default", "aten.col2im.default", "aten.pixel_shuffle.default",
+                 "aten.pixel_unshuffle.default", "aten.channel_shuffle.default", "aten._cdist_forward.default",
+                 "aten._cdist_backward.default"))  # fmt: skip
+def first_dimension_rule(op: Op) -> State | tuple[State, ...]:
+    if "cdist" in str(op.node.target) and len(op.shape(tensors(op)[0])) < 3:
+        return op.mixed("distances between examples")
+    return outputs(op, leading(op))
+
+
+@rule(*overloads("aten.native_layer_norm.default", "aten._fused_rms_norm.default"))
+def layer_norm_rule(op: Op) -> State | tuple[State, ...]:
+    if op.batched("weight") or "bias" in op.args and op.batched("bias"):
+        return (op.mixed("normalises with a scale that depends on the example"),) * len(op.node.meta["val"])
+    return outputs(op, leading(op, ["input"], below=len(op.shape("input")) - len(op["normalized_shape"])))
+
+
+@rule(*overloads("aten.native_layer_norm_backward.default", "aten._fused_rms_norm_backward.default"))
+def layer_norm_backward_rule(op: Op) -> tuple[State, ...]:
+    names = [n for n in ("grad_out", "input", "mean", "rstd") if n in op.args]
+    state = leading(op, names, below=len(op.shape("input")) - len(op["normalized_shape"]))
+    rest = op.contracted() if isinstance(state, Batched) else state
+    return (state,) + (rest,) * (len(op.node.meta["val"]) - 1)
+
+
+@rule(*overloads("aten.native_group_norm.default"))
+def group_norm_rule(op: Op) -> State | tuple[State, ...]:
+    return outputs(op, leading(op, ["input"]))
+
+
+@rule(*overloads("aten.native_group_norm_backward.default"))
+def group_norm_backward_rule(op: Op) -> tuple[State, ...]:
+    state = leading(op, ["grad_out", "input", "mean", "rstd"])
+    rest = op.contracted() if isinstance(state, Batched) else state
+    return state, rest, rest
+
+
+ATTENTION = overloads(*(f"aten._scaled_dot_product_{kind}{back}.default" for back in ("", "_backward") for kind in (
+    "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")))  # fmt: skip
+
+
+@rule(*ATTENTION)
+def attention_rule(op: Op) -> State | tuple[State, ...]:
+    """(B, H, T, D) operands; a mask broadcasts against (B, H, T, S). Examples may be folded into B or H."""
+    masks = [n for n in ("attn_mask", "attn_bias") if isinstance(op.args.get(n), type(op.node))]
+    for name in masks:
+        state = op.state(name)
+        if isinstance(state, Batched) and state.dim + 4 - len(op.shape(name)) != state.dim:
+            return outputs(op, op.mixed("the attention mask has its examples along another dimension than the query"))
+    return outputs(op, leading(op, below=2))
+
+
+@rule(*overloads("aten._fft_r2c.default", "aten._fft_c2c.default", "aten._fft_c2r.default"), linear=["self"])
+def fft_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    return op.mixed("transforms along the batch dimension") if state.dim in [op.dim(d) for d in op["dim"]] else state

@@ -1,0 +1,212 @@
+"""Views, permutations, slices, concatenation and padding.
+
+    (B, T, D) -> (B*T, D)                  batched(0) -> batched(0, inner=T)
+    (B, T, H*d) -> (B, H, T, d)            batched(0) -> batched(0)
+    cat([x1, x2]) of two (B, D)            batched(0) -> batched(0, outer=2)
+    x[0], x[:2], flip or roll along B      mixed: examples are picked out or moved
+"""
+
+from __future__ import annotations
+
+from gnsfx._torch import known
+from gnsfx.passes.rules.table import Op, overloads, rule
+from gnsfx.passes.state import Batched, State, divides, quotient, same_fold
+
+NOT_SPLIT = "takes some examples out of the batch"
+
+
+@rule(*overloads("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.unsqueeze.default",
+                 "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "prims.view_of.default", "aten.view_copy.default"),
+      linear=["self"])  # fmt: skip
+def reshape_rule(op: Op) -> State:
+    return op.reshaped()
+
+
+@rule(*overloads("aten.view.dtype"), linear=())
+def view_dtype_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    if state.dim == len(op.shape()) - 1:
+        return op.mixed("reinterprets the batch dimension as another dtype")
+    return state
+
+
+@rule(*overloads("aten.permute.default"), linear=["self"])
+def permute_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    return state.at([op.dim(d) for d in op["dims"]].index(state.dim))
+
+
+@rule(*overloads("aten.transpose.int", "aten.t.default"), linear=["self"])
+def transpose_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    a, b = (op.dim(op["dim0"]), op.dim(op["dim1"])) if "dim0" in op.args else (0, len(op.shape()) - 1)
+    return state.at({a: b, b: a}.get(state.dim, state.dim))
+
+
+@rule(*overloads("aten.expand.default", "aten.repeat.default"), linear=["self"])
+def expand_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    before, after = op.shape("self"), op.shape()
+    here = state.at(state.dim + len(after) - len(before))
+    if known(before[state.dim] == after[here.dim]):
+        return here
+    if divides(before[state.dim], after[here.dim]) and "repeats" in op.args:
+        return Batched(here.dim, state.outer * quotient(after[here.dim], before[state.dim]), state.inner)
+    return op.mixed("repeats the batch dimension")
+
+
+@rule(*overloads("aten.slice.Tensor"), linear=["self"])
+def slice_rule(op: Op) -> State:
+    state, dim = op.state("self"), op.dim(op["dim"])
+    assert isinstance(state, Batched)
+    if state.dim != dim or known(op.shape("self")[dim] == op.shape()[dim]):
+        return state
+    block = op.examples * state.inner
+    start, length = op["start"] or 0, op.shape()[dim]
+    start = start.meta["val"] if hasattr(start, "meta") else start
+    if not known(start >= 0):
+        start = start + op.shape("self")[dim]
+    whole = known(op["step"] == 1) and divides(block, length) and (known(start == 0) or divides(block, start))
+    return Batched(dim, quotient(length, block), state.inner) if whole else op.mixed(NOT_SPLIT)
+
+
+@rule(*overloads("aten.select.int", "aten.select_copy.int"), linear=["self"])
+def select_rule(op: Op) -> State:
+    state, dim = op.state("self"), op.dim(op["dim"])
+    assert isinstance(state, Batched)
+    return op.mixed(NOT_SPLIT) if state.dim == dim else state.at(state.dim - (dim < state.dim))
+
+
+@rule(*overloads("aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int", "aten.split_with_sizes_copy.default"), linear=["self"])
+def split_rule(op: Op) -> tuple[State, ...]:
+    state, dim = op.state("self"), op.dim(op["dim"])
+    assert isinstance(state, Batched)
+    parts = op.node.meta["val"]
+    if "unbind" in str(op.node.target):
+        one: State = op.mixed(NOT_SPLIT) if state.dim == dim else state.at(state.dim - (dim < state.dim))
+        return (one,) * len(parts)
+    if state.dim != dim:
+        return (state,) * len(parts)
+    block = op.examples * state.inner
+    return tuple(
+        Batched(dim, quotient(part.shape[dim], block), state.inner) if divides(block, part.shape[dim]) else op.mixed(NOT_SPLIT)
+        for part in parts
+    )
+
+
+@rule(*overloads("aten.cat.default"), linear=["tensors"])
+def cat_rule(op: Op) -> State:
+    dim = op["dim"] % len(op.shape())
+    states = [op.state(t) for t in op["tensors"] if len(op.shape(t)) == len(op.shape())]
+    batched = [s for s in states if isinstance(s, Batched)]
+    first = batched[0]
+    if any(s.dim != first.dim for s in batched):
+        return op.mixed("concatenates values whose examples lie along different dimensions")
+    if first.dim != dim:
+        return first if all(same_fold(s, first) for s in batched) else op.mixed("concatenates values folded differently")
+    if len(batched) < len(states):
+        return op.mixed("concatenates the examples with rows that belong to none")
+    if not all(known(s.inner == first.inner) for s in batched):
+        return op.mixed("concatenates values folded differently")
+    return Batched(dim, sum((s.outer for s in batched[1:]), start=first.outer), first.inner)
+
+
+@rule(*overloads("aten.constant_pad_nd.default"), linear=["self"])
+def pad_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    if known(op.shape("self")[state.dim] == op.shape()[state.dim]):
+        return state
+    return op.mixed("pads the batch dimension")
+
+
+@rule(*overloads("aten.flip.default", "aten.roll.default"), linear=["self"])
+def move_rule(op: Op) -> State:
+    state, dims = op.state("self"), op["dims"]
+    assert isinstance(state, Batched)
+    if not dims or state.dim in [op.dim(d) for d in dims]:
+        return op.mixed("moves examples along the batch dimension")
+    return state
+
+
+@rule(*overloads("aten.tril.default", "aten.triu.default"), linear=["self"])
+def triangle_rule(op: Op) -> State:
+    return op.state("self")  # multiplies by a mask of the same shape
+
+
+@rule(*overloads("aten.diagonal.default", "aten.diagonal_copy.default"), linear=["self"])
+def diagonal_rule(op: Op) -> State:
+    state, a, b = op.state("self"), op.dim(op["dim1"]), op.dim(op["dim2"])
+    assert isinstance(state, Batched)
+    if state.dim in (a, b):
+        return op.mixed("takes a diagonal through the batch dimension")
+    return state.at(state.dim - (a < state.dim) - (b < state.dim))
+
+
+@rule(*overloads("aten.unfold.default"), linear=["self"])
+def unfold_rule(op: Op) -> State:
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    return op.mixed("takes windows along the batch dimension") if state.dim == op.dim(op["dimension"]) else state
+
+
+@rule(*overloads("aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default"), linear=["self src"])
+def scatter_view_rule(op: Op) -> State:
+    """Backward of slice, select and diagonal: ``src`` is written into a copy of ``self``."""
+    target = str(op.node.target)
+    own, src = op.state("self"), op.state("src")
+    if "diagonal" in target:
+        dims = [op.dim(op["dim1"]), op.dim(op["dim2"])]
+        back = None
+        if isinstance(src, Batched) and src.dim < len(op.shape()) - 2:
+            back = src.at([d for d in range(len(op.shape())) if d not in dims][src.dim])
+    else:
+        dims = [op.dim(op["dim"])]
+        back = src.at(src.dim + ("select" in target and src.dim >= dims[0])) if isinstance(src, Batched) else None
+    if isinstance(src, Batched) and back is None:
+        return op.mixed("writes into a diagonal through the batch dimension")
+    if isinstance(own, Batched) and back is not None and (own.dim != back.dim or not same_fold(own, back)):
+        whole = own.dim == back.dim and own.dim in dims
+        return own if whole and known(own.inner == back.inner) and _whole_blocks(op, own) else op.mixed("writes into rows of other examples")
+    found = own if isinstance(own, Batched) else back
+    assert found is not None
+    if found.dim not in dims or known(op.shape("self")[found.dim] == op.shape("src")[found.dim] if "slice" in target else False):
+        return found
+    if "slice" not in target:
+        return op.mixed("writes into one example of the batch")
+    if isinstance(own, Batched):
+        return own if _whole_blocks(op, own) else op.mixed("writes into some examples of the batch")
+    rows = op.shape()[found.dim]
+    block = op.examples * found.inner
+    if divides(block, rows) and _whole_blocks(op, found):
+        return Batched(found.dim, quotient(rows, block), found.inner)
+    return op.mixed("writes into some examples of the batch")
+
+
+def _whole_blocks(op: Op, state: Batched) -> bool:
+    start = op["start"] or 0
+    start = start.meta["val"] if hasattr(start, "meta") else start
+    block = op.examples * state.inner
+    return known(op["step"] == 1) and divides(block, op.shape("src")[state.dim]) and (known(start == 0) or divides(block, start))
+
+
+@rule(*overloads("aten.as_strided.default"))
+def as_strided_rule(op: Op) -> State:
+    value = op["self"].meta["val"]
+    plain = value.is_contiguous() and not op["storage_offset"] and _row_major(op)
+    return op.reshaped() if plain else op.mixed("reads memory by strides")
+
+
+def _row_major(op: Op) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(op.shape()), reversed(op["stride"]), strict=True):
+        if not (known(size == 1) or known(stride == expected)):
+            return False
+        expected = expected * size
+    return known(op.node.meta["val"].numel() == op["self"].meta["val"].numel())
+
+

@@ -1,0 +1,111 @@
+"""Where the example is in a value of the joint graph: four states, and the size arithmetic they need.
+
+A per-example gradient is what data parallelism computes when every rank holds one example, so the states are
+those of sharding propagation:
+
+    Shared                     Replicate     the same for every example
+    Batched(dim, outer, inner) Shard(dim)    dimension ``dim`` has size outer * B * inner, the example is the middle factor
+    Partial                    Partial(sum)  depends on the tangents and is already summed over examples: sum_b P_b
+    Mixed(reason, node)        -             examples interact here, or no rule is known
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from gnsfx._torch import known
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Does not depend on the example. ``doubt`` says why that is an assumption; a gradient that rests on it is refused."""
+
+    doubt: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batched:
+    """Dimension ``dim`` has size ``outer * B * inner``; the example is the middle factor."""
+
+    dim: int
+    outer: Size = 1
+    inner: Size = 1
+
+    def at(self, dim: int) -> Batched:
+        return Batched(dim, self.outer, self.inner)
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Depends on the tangents and is already summed over examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Examples interact at ``node``, or no rule is known for it."""
+
+    reason: str
+    node: Node | None = None
+
+
+State = Shared | Batched | Partial | Mixed
+
+
+def describe(state: State | tuple) -> str:
+    """One word for error messages and the printed graph."""
+    if isinstance(state, tuple):
+        return "(" + ", ".join(describe(s) for s in state) + ")"
+    if isinstance(state, Batched):
+        fold = "" if known(state.outer == 1) and known(state.inner == 1) else f", {state.outer}*B*{state.inner}"
+        return f"batched({state.dim}{fold})"
+    return type(state).__name__.lower()
+
+
+def same_fold(a: Batched, b: Batched) -> bool:
+    return known(a.outer == b.outer) and known(a.inner == b.inner)
+
+
+def rows(state: Batched, examples: Size) -> Size:
+    """Size of the batched dimension."""
+    return state.outer * examples * state.inner
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    return math.prod(sizes)
+
+
+def divides(divisor: Size, value: Size) -> bool:
+    """Whether ``divisor`` is known to divide ``value``, for symbolic sizes too; never adds a guard."""
+    if known(divisor == value) or known(divisor == 1):
+        return True
+    return known(divisor != 0) and known(value % divisor == 0)
+
+
+def quotient(value: Size, divisor: Size) -> Size:
+    if known(divisor == 1):
+        return value
+    return 1 if known(divisor == value) else value // divisor
+
+
+def reshape(state: Batched, before: Sequence[Size], after: Sequence[Size], examples: Size) -> Batched | None:
+    """The state after a row-major reshape of a value of shape ``before`` into ``after``; None where it is lost.
+
+    A reshape keeps row-major order, so the pair (elements before the example axis, elements behind it) is invariant.
+    """
+    pre = product(before[: state.dim]) * state.outer
+    post = state.inner * product(before[state.dim + 1 :])
+    for dim in range(len(after)):
+        head, tail = product(after[:dim]), product(after[dim + 1 :])
+        if not (divides(head, pre) and divides(tail, post)):
+            continue
+        found = Batched(dim, quotient(pre, head), quotient(post, tail))
+        if known(rows(found, examples) == after[dim]):
+            return found
+    return None

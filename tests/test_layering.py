@@ -1,0 +1,99 @@
+"""Imports point one way: tests, examples -> gnsfx -> passes -> kernels.{ops,cost} -> kernels.* -> torch.
+
+``gnsfx.errors``, ``gnsfx.config`` and ``gnsfx._torch`` (the private names of PyTorch) are leaves: anyone may import
+them, and they import nothing else of ours. Triton is imported in functions of kernel files only: the package works
+where it is not installed.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAVES = {"gnsfx.errors", "gnsfx.config", "gnsfx._torch"}
+DOORS = {"gnsfx.kernels.ops", "gnsfx.kernels.cost"}  # all that passes may know of kernels
+
+
+def modules():
+    """Our source files: dotted name -> path. Through the real folders, not through the links to them."""
+    for path in sorted(ROOT.glob("gnsfx/*.py")):
+        yield ("gnsfx" if path.stem == "__init__" else f"gnsfx.{path.stem}"), path
+    for folder in ("passes", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(("gnsfx", *parts)).removesuffix(".__init__"), path
+
+
+SOURCES = dict(modules())
+
+
+def level(module):
+    """Height in the house; an import goes down or stays on its floor."""
+    if module in LEAVES:
+        return 0
+    if module.startswith("gnsfx.kernels"):
+        return 2 if module in DOORS else 1
+    return 3 if module.startswith("gnsfx.passes") else 4
+
+
+def imports(tree):
+    """(imported module, whether inside a function) for every import statement."""
+    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inner) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield "." * node.level + (node.module or ""), id(node) in inner
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield (name if name in SOURCES or name in DOORS else node.module), id(node) in inner
+
+
+def violations(module, source):
+    for target, inside in imports(ast.parse(source)):
+        top = target.partition(".")[0]
+        if top in ("", "passes", "kernels"):
+            yield f"{module} imports {target}: the import names are gnsfx.passes.* and gnsfx.kernels.*"
+        elif top == "triton" and not (inside and module.startswith("gnsfx.kernels.")):
+            yield f"{module} imports {target}: only functions in kernel files may"
+        elif top == "gnsfx" and target != module:
+            if level(target) > level(module):
+                yield f"{module} imports {target}: upward"
+            elif level(module) > 2 and level(target) == 1:
+                yield f"{module} imports {target}: kernels are reached through {' and '.join(sorted(DOORS))}"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_one_way(module):
+    assert not list(violations(module, SOURCES[module].read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]), ids=lambda p: p.name
+)
+def test_examples_use_what_is_public(path):
+    ours = {target for target, _ in imports(ast.parse(path.read_text(encoding="utf-8"))) if target.startswith("gnsfx")}
+    assert ours <= {"gnsfx"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("gnsfx.passes.emit", "import gnsfx", "upward"),
+        ("gnsfx.passes.emit", "from gnsfx import estimators", "upward"),
+        ("gnsfx.passes.emit", "def f():\n    from gnsfx.estimators import noise_scale", "upward"),
+        ("gnsfx.passes.emit", "from gnsfx.kernels.mm_norm import mm_sq_norm", "kernels are reached through"),
+        ("gnsfx.kernels.mm_norm", "from gnsfx.kernels import ops", "upward"),
+        ("gnsfx.kernels.ops", "from gnsfx.passes.state import State", "upward"),
+        ("gnsfx.errors", "from gnsfx.estimators import noise_scale", "upward"),
+        ("gnsfx.estimators", "import kernels", "the import names are"),
+        ("gnsfx.estimators", "from .errors import GnsError", "the import names are"),
+        ("gnsfx.kernels.mm_norm", "import triton.language as tl", "only functions in kernel files"),
+        ("gnsfx.passes.emit", "def f():\n    import triton", "only functions in kernel files"),
+    ],
+)
+def test_the_check_can_fail(module, source, complaint):
+    (found,) = violations(module, source)
+    assert complaint in found
