@@ -121,10 +121,10 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         call = self.collectors.call(args)
         results = self._inner(*args, *call.leaves)
+        call.watch(results[self._outputs])
         results = tuple(results)[: self._outputs]
         for index, result in enumerate(results):
-            if isinstance(result, Tensor) and result.grad_fn is not None:
-                result.register_hook(call.begin)
+            if isinstance(result, Tensor) and result.dim():
                 marks.record(result, self, index)
         return results
 

@@ -23,12 +23,59 @@ from gnsfx.passes.attach_collectors import REFUSED
 
 __all__ = ["Measurement", "clear", "diagnose", "mark_batch", "measurements", "per_example_sq_norms", "sq_norms"]
 
-_by_parameter: Any = WeakIdKeyDictionary()  # parameter -> [(Collector, slot)]
+_tracked: Any = WeakIdKeyDictionary()  # parameter -> Tracked
 TWICE_IN_ONE_BACKWARD = (
     "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
     "compile the module that contains both uses"
 )
 TWICE_THROUGH_ONE_FORWARD = "backward ran twice through one forward pass, so the cross term between the two is lost; add the losses and call backward once"
+NOT_COMPILED = "no compiled graph measures it"
+FOREIGN = (
+    "its gradient has a part that no compiled graph measured: it is also used in eager code, in a graph compiled with another backend, "
+    "or under gnsfx.measuring(False); compile the module that contains all uses"
+)
+
+
+class Tracked:
+    """One parameter: the collectors that measure it, and whether all of its gradient came through them."""
+
+    __slots__ = ("_arrived", "_foreign", "collectors", "expected", "parameter")
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.collectors: list[tuple[Collector, int]] = []
+        self.expected: tuple[int, int, int] | None = None
+        self.parameter = weakref.ref(parameter)
+        self._foreign = False
+        self._arrived: tuple[bool, tuple[int, int] | None] | None = None
+        parameter.register_hook(self._arriving)
+
+    def _arriving(self, grad: Tensor) -> None:
+        """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
+        self._resolve()
+        ours = self.expected == (current_backward(), grad.data_ptr(), grad._version)
+        self._arrived, self.expected = (ours, self._stamp()), None
+
+    def _stamp(self) -> tuple[int, int] | None:
+        parameter = self.parameter()
+        grad = parameter.grad if parameter is not None else None
+        return None if grad is None else (grad.data_ptr(), grad._version)
+
+    def _resolve(self) -> None:
+        """``torch.autograd.grad`` runs the hook too, but adds nothing to ``.grad``: only what was added counts."""
+        if self._arrived is None:
+            return
+        (ours, before), self._arrived = self._arrived, None
+        if self._stamp() != before:
+            self._foreign = not ours or (self._foreign and before is not None)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether ``.grad`` has a part that came from elsewhere."""
+        self._resolve()
+        return self._foreign
+
+    def reset(self) -> None:
+        self._arrived, self._foreign = None, False
 
 
 class Collector:
@@ -40,43 +87,86 @@ class Collector:
         self.leaf = torch.zeros(2, len(parameters), dtype=dtype, device=parameters[0].device, requires_grad=True)
         self.per_example: list[Tensor] = []
         self.refused: dict[int, str] = {}
-        self.backward = -1
+        self.epoch = 0  # counts how often everything was zeroed
+        self.begun = -1  # the backward that last ran through the graph
+        self.accumulated = -1  # the backward that last left something in the leaf
+        self._calls: list[Call] = []
         self._seen: dict[int, tuple[int, int]] = {}
+        weak = weakref.ref(self)
+        self.leaf.register_post_accumulate_grad_hook(lambda _: (me := weak()) and me.end())
+        self._positions: list[int | None] | None = None
+        self._tracked = []
         for slot, parameter in enumerate(parameters):
-            _by_parameter.setdefault(parameter, []).append((self, slot))
+            tracked = _tracked.get(parameter)
+            if tracked is None:
+                tracked = _tracked[parameter] = Tracked(parameter)
+            tracked.collectors.append((self, slot))
+            self._tracked.append(tracked)
+
+    def _live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
+        """(slot, parameter, other collectors of the parameter)."""
+        live = [(s, p) for s, r in enumerate(self.parameters) if (p := r()) is not None]
+        return [(s, p, [e for e in self._tracked[s].collectors if e[0] is not self]) for s, p in live]
 
     def begin(self, call: Call) -> None:
-        """A backward is about to run through ``call``: start anew what was zeroed, refuse what would lose a cross term."""
+        """A backward is about to run through ``call``: start anew what was zeroed since the last one."""
         task = current_backward()
-        if call.backward == task:
+        if call.begun == task:
             return  # another result of the same call
-        again, call.backward = call.backward is not None, task
-        twice, self.backward = self.backward == task, task
+        call.begun = task
+        if self.begun != task:
+            self.begun, self._calls = task, []
+        self._calls.append(call)
+        if len(self._calls) > 1:
+            return
         fresh: list[int] = []
         suspects: list[int] = []
-        for slot, reference in enumerate(self.parameters):
-            parameter = reference()
-            if parameter is None:
-                continue
-            others = [(c, s) for c, s in _by_parameter.get(parameter, ()) if c is not self]
-            if twice or any(c.backward == task for c, _ in others):
-                for collector, at in [(self, slot), *others]:
-                    collector.refused[at] = TWICE_IN_ONE_BACKWARD
-                continue
+        stale: dict[Collector, list[int]] = {}
+        for slot, parameter, others in self._live():
+            if any(c.accumulated == task for c, _ in others):
+                continue  # refused below; its gradient of this backward may be there already
             if parameter.grad is None:
                 fresh.append(slot)
                 self._seen.pop(slot, None)
                 for collector, at in others:
-                    collector.clear([at])
+                    stale.setdefault(collector, []).append(at)
             elif not self._untouched(slot, parameter.grad):
                 suspects.append(slot)
         self.clear(fresh)
+        for collector, slots in stale.items():
+            collector.clear(slots)
         if suspects:
             self._clear_zeroed(suspects)
-        if again:
-            self.refused.update({s: TWICE_THROUGH_ONE_FORWARD for s in range(len(self.parameters)) if s not in fresh})
-        if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
-            self.per_example.append(call.per_example)
+
+    def locate(self, node: Any) -> None:
+        """Find each parameter among the inputs of the compiled backward; the same at every call."""
+        if self._positions is None:
+            at = {id(v): i for i, (edge, _) in enumerate(node.next_functions) if (v := getattr(edge, "variable", None)) is not None}
+            self._positions = [at.get(id(r())) for r in self.parameters]
+
+    def passed(self, grads: Sequence[Tensor | None]) -> None:
+        """The compiled backward is done: note what each parameter should receive, if nothing else is added to it."""
+        assert self._positions is not None
+        task = current_backward()
+        for tracked, position in zip(self._tracked, self._positions, strict=True):
+            grad = grads[position] if position is not None else None
+            tracked.expected = None if grad is None else (task, grad.data_ptr(), grad._version)
+
+    def end(self) -> None:
+        """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
+        self.accumulated = self.begun
+        again = any(call.used and call.epoch == self.epoch for call in self._calls)
+        for call in self._calls:
+            call.used, call.epoch = True, self.epoch
+            if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
+                self.per_example.append(call.per_example)
+        for slot, _, others in self._live():
+            shared = [(c, at) for c, at in others if c.accumulated == self.accumulated]
+            if shared or len(self._calls) > 1:
+                for collector, at in [(self, slot), *shared]:
+                    collector.refused[at] = TWICE_IN_ONE_BACKWARD
+            elif again:
+                self.refused[slot] = TWICE_THROUGH_ONE_FORWARD
 
     def _untouched(self, slot: int, grad: Tensor) -> bool:
         """Whether nothing but accumulation wrote to the gradient since the last backward began."""
@@ -92,6 +182,7 @@ class Collector:
         for slot in slots:
             self.refused.pop(slot, None)
         if len(slots) == len(self.parameters):
+            self.epoch += 1
             self.leaf.grad = None
             self.per_example.clear()
         else:
@@ -105,10 +196,13 @@ class Collector:
         live = [(s, p) for s in slots if (p := self.parameters[s]()) is not None and p.grad is not None]
         norms = torch._foreach_norm([p.grad for _, p in live], float("inf"))
         zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
-        if self.refused or self.per_example:  # host state must follow: these cost a synchronisation
-            self.clear([s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z])
-        for position, (_, parameter) in enumerate(live):
-            for collector, at in _by_parameter.get(parameter, ()):
+        if self.refused or self.per_example or any(self._tracked[s].foreign for s, _ in live):  # host state must follow: these cost a synchronisation
+            gone = [s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z]
+            self.clear(gone)
+            for slot in gone:
+                self._tracked[slot].reset()
+        for position, (slot, _) in enumerate(live):
+            for collector, at in self._tracked[slot].collectors:
                 total = collector.leaf.grad
                 if total is not None:
                     total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
@@ -117,16 +211,21 @@ class Collector:
 class Call:
     """One forward pass through one graph."""
 
-    __slots__ = ("backward", "collector", "leaves", "per_example")
+    __slots__ = ("begun", "collector", "epoch", "leaves", "per_example", "used")
 
     def __init__(self, collector: Collector, per_example: Tensor | None) -> None:
         self.collector, self.per_example = collector, per_example
         self.leaves = [collector.leaf] if per_example is None else [collector.leaf, per_example]
-        self.backward: int | None = None
+        self.begun: int | None = None
+        self.used, self.epoch = False, 0
 
-    def begin(self, grad: Tensor) -> None:
-        """Hook of every result: runs before the compiled backward does."""
-        self.collector.begin(self)
+    def watch(self, probe: Tensor) -> None:
+        """``probe`` is a result of the compiled graph that nobody else sees; its node is the compiled backward."""
+        node = probe.grad_fn
+        assert node is not None
+        self.collector.locate(node)
+        node.register_prehook(lambda _: self.collector.begin(self))  # must not hold the node: a cycle through C++ is never freed
+        node.register_hook(lambda grads, _: self.collector.passed(grads))
 
 
 class Collectors:
@@ -192,17 +291,20 @@ def measurements(model: nn.Module) -> list[Measurement]:
 
 def _measurement(name: str, parameter: nn.Parameter) -> Measurement:
     total: Tensor | None = None
-    compiled = _by_parameter.get(parameter, ())
+    tracked = _tracked.get(parameter)
+    compiled = tracked.collectors if tracked is not None else ()
+    if parameter.grad is None:
+        return Measurement(name, parameter, None, None, "its gradient is None: read before optimizer.zero_grad()" if compiled else NOT_COMPILED)
     for collector, slot in compiled:
-        reason = collector.refused.get(slot) or refusal_of(collector, slot)
         if collector.leaf.grad is None:
             continue
+        reason = (FOREIGN if tracked.foreign else None) or collector.refused.get(slot) or refusal_of(collector, slot)
         if reason is not None:
             return Measurement(name, parameter, None, None, reason)
         column = collector.leaf.grad[:, slot]
         total = column if total is None else total + column
     if total is None:
-        reason = "no backward pass has reached it since its gradient was last zeroed" if compiled else "no compiled graph measures it"
+        reason = "no backward pass has reached it since its gradient was last zeroed" if compiled else NOT_COMPILED
         return Measurement(name, parameter, None, None, reason)
     return Measurement(name, parameter, total[0], total[1], None)
 
@@ -219,10 +321,15 @@ def refusal_of(collector: Collector, slot: int) -> str | None:
     return graph.refusals.get(slot)
 
 
+def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
+    tracked = _tracked.get(parameter)
+    return () if tracked is None else tracked.collectors
+
+
 def clear(model: nn.Module) -> None:
     """Start a new step."""
     for parameter in model.parameters():
-        for collector, slot in _by_parameter.get(parameter, ()):
+        for collector, slot in collectors_of(parameter):
             if collector.leaf.grad is not None:
                 collector.clear(range(len(collector.parameters)))
             collector.refused.pop(slot, None)
@@ -230,17 +337,18 @@ def clear(model: nn.Module) -> None:
 
 def compiled(model: nn.Module) -> list[Collector]:
     """Every collector of the model's parameters, in the order they were compiled."""
-    found = [c for p in model.parameters() for c, _ in _by_parameter.get(p, ())]
+    found = [c for p in model.parameters() for c, _ in collectors_of(p)]
     return list(dict.fromkeys(found))
 
 
 def diagnose(model: nn.Module) -> str | None:
     """Why there is nothing to read at all, as a sentence that says what to do; None if there is something."""
     collectors = compiled(model)
-    if any(c.leaf.grad is not None for c in collectors):
+    zeroed = all(p.grad is None for p in model.parameters())
+    if any(c.leaf.grad is not None for c in collectors) and not zeroed:
         return None
     if collectors:
-        if any(c.backward >= 0 for c in collectors):
+        if any(c.begun >= 0 for c in collectors):
             return (
                 "a backward pass ran, but left nothing in the collectors: torch.autograd.grad and backward(inputs=...) fill no .grad. "
                 "Call loss.backward(), then read before optimizer.zero_grad()."
@@ -268,7 +376,11 @@ def sq_norms(model: nn.Module) -> dict[str, Tensor]:
     """
     if (reason := diagnose(model)) is not None:
         raise NotMeasuredError(reason)
-    return {m.name: m.sq_norm for m in measurements(model) if m.sq_norm is not None}
+    rows = measurements(model)
+    found = {m.name: m.sq_norm for m in rows if m.sq_norm is not None}
+    if rows and not found:
+        raise NotMeasuredError(f"no parameter is measured; {rows[0].name}: {rows[0].refusal}")
+    return found
 
 
 def per_example_sq_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -284,7 +396,7 @@ def per_example_sq_norms(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     kept = False
     for m in measurements(model):
-        parts = [x.grad[s] for c, s in _by_parameter.get(m.parameter, ()) for x in c.per_example if x.grad is not None]
+        parts = [x.grad[s] for c, s in collectors_of(m.parameter) for x in c.per_example if x.grad is not None]
         kept |= bool(parts)
         if parts and m.sq_norm is not None:
             found[m.name] = torch.cat(parts)

@@ -30,6 +30,26 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def _trilinear(i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1) -> Any:
+    for dims, position in ((expand1, 0), (expand2, 1), (expand3, 2)):
+        for dim in sorted(dims):
+            i1, i2, i3 = (t.unsqueeze(dim) if i == position else t for i, t in enumerate((i1, i2, i3)))
+    return (i1 * i2 * i3).sum(sumdim)
+
+
+def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> tuple[Any, Any]:
+    """Of w = v * g / ||v||, the norm over all dimensions but ``dim``."""
+    projected = (grad_w * v).sum([d for d in range(v.dim()) if d != dim], keepdim=True)
+    return g / norms * (grad_w - v * projected / norms**2), projected / norms
+
+
+LIFT_AS: dict[Any, Any] = {
+    aten._trilinear.default: _trilinear,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
+}
+"""What ``torch.func.vmap`` is given in place of ops that have no batching rule."""
+
+
 class Emitter:
     """Inserts nodes with metadata; ``with emit.at(node)`` says where."""
 
@@ -158,6 +178,7 @@ class Emitter:
 
         ``scaled`` replaces shared terms (each example owns 1/B of them); ``index`` picks one of several results.
         """
+        target: Any = node.target
         flat, spec = tree_flatten((node.args, node.kwargs))
         nodes = [a for a in dict.fromkeys(a for a in flat if isinstance(a, Node))]
         sources = [per_example.get(n, scaled.get(n, n)) for n in nodes]
@@ -166,7 +187,7 @@ class Emitter:
 
         def apply(*values: Any) -> Any:
             args, kwargs = tree_unflatten([values[position[a]] if isinstance(a, Node) else a for a in flat], spec)
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = LIFT_AS.get(target, target)(*args, **kwargs)
             return result if index is None else result[index]
 
         def batched(*values: Any) -> Any:

@@ -64,3 +64,22 @@ def addmm_rule(op: Op) -> State:
     return state if isinstance(state, Batched) else here if shared else op.mixed(CROSS)
 
 
+
+
+@rule(*overloads("aten._trilinear.default"), linear=["i1", "i2", "i3"])
+def trilinear_rule(op: Op) -> State:
+    """sum over ``sumdim`` of i1 * i2 * i3, each with size-1 dimensions inserted at ``expandN`` (Bilinear)."""
+    found: Batched | None = None
+    for number in "123":
+        state = op.state(f"i{number}")
+        if not isinstance(state, Batched):
+            continue
+        for dim in sorted(op[f"expand{number}"]):
+            state = state.at(state.dim + (dim <= state.dim))
+        if found is not None and (found.dim != state.dim or not same_fold(found, state)):
+            return op.mixed("the examples lie along different dimensions of two arguments")
+        found = state
+    assert found is not None
+    if found.dim in op["sumdim"]:
+        return op.contracted()
+    return found.at(found.dim - sum(d < found.dim for d in op["sumdim"]))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from gnsfx._torch import known
 from gnsfx.passes.rules.pointwise import tensors
-from gnsfx.passes.rules.table import Op, overloads, rule
+from gnsfx.passes.rules.table import LINEAR, Op, overloads, rule
 from gnsfx.passes.state import Batched, Shared, State, rows, same_fold
 
 
@@ -147,3 +149,6 @@ def fft_rule(op: Op) -> State:
     state = op.state("self")
     assert isinstance(state, Batched)
     return op.mixed("transforms along the batch dimension") if state.dim in [op.dim(d) for d in op["dim"]] else state
+
+
+LINEAR[torch.ops.aten._weight_norm_interface_backward.default] = (frozenset({"grad_w"}),)

@@ -8,9 +8,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from gnsfx._torch import known
+from gnsfx.passes.joint_graph import fake
 from gnsfx.passes.rules.table import Op, overloads, rule
-from gnsfx.passes.state import Batched, State, divides, quotient, same_fold
+from gnsfx.passes.state import Batched, Size, State, divides, quotient, reshape, same_fold
 
 NOT_SPLIT = "takes some examples out of the batch"
 
@@ -125,10 +129,12 @@ def pad_rule(op: Op) -> State:
 
 
 @rule(*overloads("aten.flip.default", "aten.roll.default"), linear=["self"])
+@rule(*overloads("prims.rev.default"), linear=["a"])
 def move_rule(op: Op) -> State:
-    state, dims = op.state("self"), op["dims"]
+    name = "self" if "self" in op.args else "a"
+    state, dims = op.state(name), op["dims"]
     assert isinstance(state, Batched)
-    if not dims or state.dim in [op.dim(d) for d in dims]:
+    if not dims or state.dim in [op.dim(d, of=name) for d in dims]:
         return op.mixed("moves examples along the batch dimension")
     return state
 
@@ -194,19 +200,61 @@ def _whole_blocks(op: Op, state: Batched) -> bool:
     return known(op["step"] == 1) and divides(block, op.shape("src")[state.dim]) and (known(start == 0) or divides(block, start))
 
 
-@rule(*overloads("aten.as_strided.default"))
+@rule(*overloads("aten.as_strided.default", "aten.as_strided_copy.default"))
 def as_strided_rule(op: Op) -> State:
-    value = op["self"].meta["val"]
-    plain = value.is_contiguous() and not op["storage_offset"] and _row_major(op)
-    return op.reshaped() if plain else op.mixed("reads memory by strides")
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    return _restrided(op, op["self"].meta["val"], state) or op.mixed("reads memory by strides")
 
 
-def _row_major(op: Op) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(op.shape()), reversed(op["stride"]), strict=True):
-        if not (known(size == 1) or known(stride == expected)):
+@rule(*overloads("aten.as_strided_scatter.default"))
+def as_strided_scatter_rule(op: Op) -> State:
+    """Backward of a restriding that permutes dimensions: ``src`` fills all of ``self``."""
+    value, src = op["self"].meta["val"], op.state("src")
+    if not isinstance(src, Batched) or op["storage_offset"]:
+        return op.mixed("writes memory by strides")
+    dims = _matching(value, op["size"], op["stride"])
+    if dims is not None:
+        return src.at(dims[src.dim])
+    if value.is_contiguous() and _row_major(op, op.shape("src")):
+        found = reshape(src, op.shape("src"), op.shape(), op.examples)
+        if found is not None:
+            return found
+    return op.mixed("writes memory by strides")
+
+
+def _restrided(op: Op, value: Any, state: Batched) -> State | None:
+    if op["storage_offset"]:
+        return None
+    dims = _matching(value, op["size"], op["stride"])
+    if dims is not None:
+        return state.at(dims.index(state.dim)) if state.dim in dims else None
+    if not value.is_contiguous() or not _row_major(op, op.shape()):
+        return None
+    found = op.reshaped()
+    return found if isinstance(found, Batched) else None
+
+
+def _matching(value: Any, sizes: Any, strides: Any) -> list[int] | None:
+    """For each dimension of the restrided value the dimension of ``value`` with its size and stride; None if one has none."""
+    here = [d for d in range(value.dim()) if not known(value.shape[d] == 1)]
+    found: list[int] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if known(fake(size) == 1):
+            found.append(-1)
+            continue
+        same = [d for d in here if known(value.shape[d] == fake(size)) and known(value.stride(d) == fake(stride)) and d not in found]
+        if len(same) != 1:
+            return None
+        found.append(same[0])
+    return found if len([d for d in found if d >= 0]) == len(here) else None
+
+
+def _row_major(op: Op, shape: Sequence[Size]) -> bool:
+    """Whether the restrided value of this shape reads all of ``self`` in order."""
+    expected: Size = 1
+    for size, stride in zip(reversed(shape), reversed(op["stride"]), strict=True):
+        if not (known(size == 1) or known(fake(stride) == expected)):
             return False
         expected = expected * size
-    return known(op.node.meta["val"].numel() == op["self"].meta["val"].numel())
-
-
+    return known(expected == op["self"].meta["val"].numel())
