@@ -17,6 +17,7 @@ from torch._functorch._aot_autograd.descriptors import (  # what each joint-grap
     PlainAOTOutput,
     TangentAOTInput,
 )
+from torch._functorch.aot_autograd import make_boxed_func  # the calling convention AOTAutograd asks of a compiler
 from torch._functorch.partitioners import default_partition  # splits the rewritten joint graph for "eager"
 from torch._guards import detect_fake_mode  # new metadata must live in the fake mode of the graph
 from torch._inductor import config as inductor_config
@@ -44,6 +45,7 @@ __all__ = [
     "inductor_config",
     "known",
     "list_mode_options",
+    "make_boxed_func",
     "select_decomp_table",
     "size_hint",
     "sources_of",

@@ -21,7 +21,7 @@ from gnsfx.capture import Capture, read_capture, trains
 from gnsfx.collector import Collectors
 from gnsfx.config import Options, debug_level, split_options
 from gnsfx.errors import GnsWarning, RefusedError
-from gnsfx.passes.attach_collectors import add_leaves
+from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Plan, Report, rewrite
 from gnsfx.passes.rules import RULES
 from gnsfx.passes.state import Batched, Mixed, Shared, State, describe
@@ -107,8 +107,9 @@ class CompiledGraph:
         values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
         self._fake_inputs = [v if v is not None else x for v, x in zip(values, inputs, strict=True)]
         self._report: Report | None = None
+        self._refusals: dict[int, str] | None = None
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.collectors = Collectors(self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], _batch_of(capture), options.per_example)
+        self.collectors = Collectors(self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], capture.plan.batch, options.per_example)
         leaves = self.collectors.fake_leaves(self._fake_inputs)
         self._leaves = [f"gns_leaf_{i}" for i in range(len(leaves))]
         rewriting = RewritePass(capture.plan, self._keep)
@@ -148,8 +149,16 @@ class CompiledGraph:
 
     @property
     def refusals(self) -> dict[int, str]:
-        """Slot -> reason. Known without tracing only if the passes ran in this process."""
-        return {i: r.reason for i, r in enumerate(self.report.records) if r.status == "refused"}
+        """Slot -> reason."""
+        if self._refusals is None:
+            self._refusals = {i: r.reason for i, r in enumerate(self.report.records) if r.status == "refused"}
+        return self._refusals
+
+    def refusal_of(self, slot: int, norms: Tensor | None) -> str | None:
+        """Why a slot is refused. After a compile-cache hit the flags in the norms are read once, instead of tracing."""
+        if self._refusals is None and self._report is None and norms is not None and not (norms[0] == REFUSED).any():
+            self._refusals = {}
+        return self.refusals.get(slot)
 
     def _refused_names(self) -> list[str]:
         return [f"{self.capture.names[self.capture.plan.slots[i]]}: {reason}" for i, reason in self.refusals.items()]
@@ -165,10 +174,6 @@ class CompiledGraph:
             total = len(self.capture.plan.slots)
             text = f"gns: {len(refused)} of {total} parameters are refused, the others are exact; see gnsfx.coverage(model).\n  {shown}{more}"
             warnings.warn(text, GnsWarning, stacklevel=2)
-
-
-def _batch_of(capture: Capture) -> tuple[int, int] | None:
-    return capture.plan.batch
 
 
 class RewritePass(_torch.CustomGraphPass):
@@ -237,7 +242,7 @@ def _eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePas
         return _torch.default_partition(joint, joint_inputs, **kwargs)
 
     compiler = _torch.aot_autograd(
-        fw_compiler=lambda graph, _: graph.forward,
+        fw_compiler=lambda graph, _: _torch.make_boxed_func(graph.forward),
         partition_fn=partition,
         decompositions=_torch.select_decomp_table(),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from gnsfx import marks
+from gnsfx._torch import size_hint
 from gnsfx.config import Options
 from gnsfx.passes.pipeline import Plan
 from gnsfx.passes.state import Batched, Shared, State
@@ -101,7 +102,7 @@ def _called(node: Node) -> str:
 # -------------------------------------------------------------------------------------------------------- the batch
 
 
-def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[dict[int, State], tuple[int, int] | None, str | None]:
+def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[dict[int, State], tuple[int, int, int] | None, str | None]:
     """States of the inputs, where the number of examples is read off, and a reason to refuse everything.
 
     Order of trust: what the user marked, what the graph that made the tensor recorded, then dimension 0 of the inputs
@@ -110,6 +111,7 @@ def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[d
     states: dict[int, State] = {}
     pinned: dict[int, int] = {}
     guesses: dict[int, int] = {}
+    folds: dict[int, int] = {}
     for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             continue
@@ -122,8 +124,9 @@ def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[d
         produced = marks.produced(value)
         if produced is not None:
             states[index] = produced
-            if isinstance(produced, Batched) and produced.outer == 1 and produced.inner == 1:
-                pinned[index] = value.shape[produced.dim]
+            if isinstance(produced, Batched):
+                folds[index] = size_hint(produced.outer) * size_hint(produced.inner)
+                pinned[index] = value.shape[produced.dim] // folds[index]
             continue
         if value.dim() and not is_module_state(node):
             guesses[index] = value.shape[0]
@@ -137,9 +140,9 @@ def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[d
     examples = max(sizes, key=lambda n: (n != 1, sizes[n]))
     if examples == 0:
         return states, None, "the batch is empty"
-    where = next(i for i, n in (pinned or guesses).items() if n == examples)
+    where = min((i for i, n in (pinned or guesses).items() if n == examples), key=lambda i: folds.get(i, 1))
     state = states.get(where)
-    batch = (where, state.dim if isinstance(state, Batched) else 0)
+    batch = (where, state.dim if isinstance(state, Batched) else 0, folds.get(where, 1))
     for index, size in guesses.items():
         name = source_name(placeholders[index])
         if size == examples:

@@ -140,17 +140,14 @@ class NoiseScale:
         Raises:
             NotMeasuredError: there is nothing to read, with the reason and what to do.
         """
-        rows = collector.measurements(self.model)
-        norms = [row.sq_norm if row.parameter.grad is not None else None for row in rows]
-        if all(norm is None for norm in norms):
-            raise NotMeasuredError(self._why_nothing(rows))
-        state = self._state = _track(self._state, rows, self._fixed_half_life)
-        sq_norm = state.column(norms) / loss_scale / loss_scale
+        found = collector.totals(self.model)
+        if found.values is None:
+            raise NotMeasuredError(self._why_nothing(found))
+        state = self._state = _track(self._state, found, self._fixed_half_life)
+        sq_norm, examples = (state.spread(row, found) for row in found.values.unbind())
+        sq_norm = sq_norm / loss_scale / loss_scale
         refused = sq_norm == -math.inf  # what a compiled graph puts where it cannot measure
-        examples = state.column(
-            [row.examples if norm is not None else None for row, norm in zip(rows, norms, strict=True)]
-        )
-        grad_sq = state.column(_grad_norms(rows, norms)).square()
+        grad_sq = state.spread(_grad_norms(found), found).square()
 
         finite = (grad_sq.isfinite() & (sq_norm.isfinite() | refused)).all()
         examples = torch.where(finite, examples, 0)
@@ -175,7 +172,7 @@ class NoiseScale:
             ]
         )
         self._reading = None
-        collector.clear(self.model)
+        found.clear()
         if state.excluded:
             self._warn("coverage", state.coverage_text(state.excluded))
         return StepMeasurement(terms, largest)
@@ -258,15 +255,10 @@ class NoiseScale:
         reading = self._read()
         return f"NoiseScale({_describe(reading.total.tr_sigma, reading.total.g_sq)}, steps={reading.counts.steps})"
 
-    def _why_nothing(self, rows: list[collector.Measurement]) -> str:
-        if any(row.sq_norm is not None for row in rows):
-            return (
-                "noise.step() found norms but no gradients: p.grad is None for every measured parameter. "
-                "Call it after backward() and before zero_grad()."
-            )
+    def _why_nothing(self, found: collector.Totals) -> str:
         if reason := collector.diagnose(self.model):
             return reason
-        refused = {row.name: row.refusal or "not measured" for row in rows}
+        refused = {name: reason or "" for name, reason in zip(found.names, found.refusals, strict=True)}
         return f"noise.step() found no measured parameter. {_list_reasons(refused)}"
 
     def _read(self) -> _Reading:
@@ -344,13 +336,13 @@ class _State:
     counts: Tensor  # [len(_Counts)]
     half_life: Tensor  # 0-d, examples; 0 until the first step that has any
 
-    def column(self, values: Sequence[Tensor | None]) -> Tensor:
-        """One number per parameter, 0 for None, as a vector [P] beside the sums."""
-        given = [value for value in values if value is not None]
-        if len({(value.dtype, value.device) for value in given}) > 1:
-            given = [value.to(self.sums) for value in given]
-        filled, zero = iter(given), torch.zeros_like(given[0])
-        return torch.stack([zero if value is None else next(filled) for value in values]).to(self.sums)
+    def spread(self, values: Tensor, found: collector.Totals) -> Tensor:
+        """One number per measured parameter as a vector [P] beside the sums, 0 for the others."""
+        values = values.to(self.sums)
+        if len(values) == len(found.names):
+            return values
+        measured = tuple(i for i, reason in enumerate(found.refusals) if reason is None)
+        return self.sums.new_zeros(len(found.names)).index_copy_(0, collector.index(measured, values.device), values)
 
     def read(self) -> _Reading:
         flat = torch.cat([self.sums.flatten(), self.refused, self.counts]).tolist()  # the one transfer
@@ -375,33 +367,34 @@ class _State:
         )
 
 
-def _track(state: _State | None, rows: list[collector.Measurement], half_life: float | None) -> _State:
+def _track(state: _State | None, found: collector.Totals, half_life: float | None) -> _State:
     """The state with a column for each trainable parameter of now: new ones start empty, the others go on."""
-    parameters = {row.name: row.parameter for row in rows}
+    parameters = dict(zip(found.names, found.parameters, strict=True))
     if state is None:
-        device = next(row.sq_norm.device for row in rows if row.sq_norm is not None)
+        assert found.values is not None
+        device = found.values.device
         # MPS has no float64; there the sums are as good as the norms.
-        new = torch.zeros(3, len(rows), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        new = torch.zeros(3, len(parameters), device=device, dtype=dtype)
         state = _State(parameters, {}, new, new[0], new.new_zeros(5), new.new_full((), half_life or 0.0))
     elif parameters.keys() != state.parameters.keys():
         columns = dict(zip(state.parameters, state.sums.unbind(1), strict=True))
         state.sums = torch.stack([columns.get(name, state.sums.new_zeros(3)) for name in parameters], dim=1)
     state.parameters = parameters
     state.excluded = {
-        row.name: row.refusal or "not measured"
-        for row in rows
-        if row.sq_norm is None and row.parameter.grad is not None
+        name: reason
+        for name, reason in zip(found.names, found.refusals, strict=True)
+        if reason is not None and parameters[name].grad is not None
     }
     return state
 
 
-def _grad_norms(rows: list[collector.Measurement], norms: list[Tensor | None]) -> list[Tensor | None]:
+def _grad_norms(found: collector.Totals) -> Tensor:
     """|g| of the measured parameters, in float32 at least, without a kernel per parameter."""
-    grads = [row.parameter.grad for row, norm in zip(rows, norms, strict=True) if norm is not None]
-    grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None]
+    measured = (p.grad for p, reason in zip(found.parameters, found.refusals, strict=True) if reason is None)
+    grads = [torch.view_as_real(g) if g.is_complex() else g for g in measured if g is not None]
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    found = iter(torch._foreach_norm(grads, 2, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]
-    return [None if norm is None else next(found) for norm in norms]
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _total(members: Iterable[GroupStats]) -> GroupStats:

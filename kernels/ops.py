@@ -11,6 +11,8 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 | embedding_sq_norm     | ids [B,T], g [B,T,D]                       | sq_norms [B]                       |
 | convolution_sq_norm   | grad_output [B,R,O,..], input [B,R,C,..], weight, .. | grad_weight, sq_norms [B] |
 | tied_sq_norm          | ids [B,S], g [B,S,D], x [B,T,D], h [B,T,V] | sq_norms [B]                       |
+| tied_cross            | as above                                   | <onehot^T g, h^T x> [B]            |
+| product_sq_norm       | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]: mm_sq_norm's second  |
 | collect               | n tensors [B]                              | [n, B]                             |
 """
 
@@ -23,8 +25,8 @@ from gnsfx.kernels.accumulate import accumulate_dtype
 from gnsfx.kernels.convolution_norm import convolution_sq_norm
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
 from gnsfx.kernels.ghost_norm import ghost_sq_norm
-from gnsfx.kernels.mm_norm import mm_sq_norm
-from gnsfx.kernels.tied_norm import tied_sq_norm
+from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
+from gnsfx.kernels.tied_norm import tied_cross, tied_sq_norm
 
 # Kept across importlib.reload: an op disappears with the Library that defined it.
 _LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("gnsfx", "FRAGMENT")
@@ -89,4 +91,6 @@ _register(
     _fake_convolution,
 )
 _register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_sq_norm, _fake_tied)
+_register("tied_cross(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_cross, _fake_tied)
+_register("product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
 _register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)

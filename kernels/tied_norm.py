@@ -25,10 +25,10 @@ def tied_sq_norm(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     head = ghost_sq_norm if method == "ghost" else product_sq_norm
     sq_norms = head(x.unsqueeze(1), h.unsqueeze(1)).to(dtype)
     sq_norms += embedding_sq_norm(ids, g)
-    return sq_norms.add_(_cross(ids, g, x, h), alpha=2).clamp_(min=0)
+    return sq_norms.add_(tied_cross(ids, g, x, h), alpha=2).clamp_(min=0)
 
 
-def _cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+def tied_cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     """<onehot^T g, h^T x> [B], over blocks of examples and of the head's positions."""
     (B, S), T = ids.shape, x.shape[1]
     dtype = accumulate_dtype(g.dtype, h.dtype)

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.kernels import cost
-from gnsfx.passes.contractions import Convolution, Lookup, Matmul, Reduction, find_contraction
+from gnsfx.passes.contractions import BiasReduction, Convolution, Lookup, Matmul, Reduction, find_contraction
 from gnsfx.passes.emit import Emitter, accumulate_dtype
 from gnsfx.passes.joint_graph import JointGraph, source_line
 from gnsfx.passes.propagate import States
@@ -48,6 +48,12 @@ class Record:
     reason: str = ""
     costs: dict[str, cost.Cost] = field(default_factory=dict)
     sq_norm: Node | None = None
+
+
+def rounds(node: Node) -> bool:
+    """Whether the products of single examples would be rounded below fp32 before they are summed: then the gradient is
+    computed as it was, and the norms beside it."""
+    return node.meta["val"].dtype in (torch.bfloat16, torch.float16)
 
 
 def refuse(record: Record, mixed: Mixed) -> Record:
@@ -157,6 +163,8 @@ class Measurer:
                 record.sq_norm = emit(aten.mul.Tensor, emit.square(x), emit.square(g))
             elif choice.path == "ghost":
                 record.sq_norm = emit(ops.ghost_sq_norm.default, x, g)
+            elif choice.path == "chunked" and rounds(node):
+                record.sq_norm = emit(ops.product_sq_norm.default, x, g)
             elif choice.path == "chunked":
                 both = emit(ops.mm_sq_norm.default, x, g)
                 record.sq_norm = emit(operator.getitem, both, 1)
@@ -167,7 +175,8 @@ class Measurer:
                 stack = emit.view(emit(aten.bmm.default, left, emit.view(g, [B * E, T, O])), [B, E, I, O])
                 self._stacks[node] = emit.view(stack, [B, *emit.shape(node)])
                 record.sq_norm = emit.square(stack)
-                self._replace_by_sum(node, stack)
+                if not rounds(node):
+                    self._replace_by_sum(node, stack)
 
     def _convolution(self, found: Convolution) -> Node:
         emit, backward = self.emit, found.node.args[0]
@@ -178,6 +187,8 @@ class Measurer:
             both = emit(ops.convolution_sq_norm.default, g, x, op["weight"], *[op[n] for n in (
                 "stride", "padding", "dilation", "transposed", "output_padding", "groups")])  # fmt: skip
             norms, weight = emit(operator.getitem, both, 1), emit(operator.getitem, both, 0)
+        if rounds(found.node):
+            return norms
         self._replace(found.node, weight)
         mask = [op["output_mask"][0], False, op["output_mask"][2]]
         backward.args = (*backward.args[:10], mask)
@@ -208,11 +219,28 @@ class Measurer:
                 record.path, record.sq_norm = "segments", self.emit(ops.embedding_sq_norm.default, ids, rows)
                 return record
             else:  # the table is (V, D): x carries the rows, g the width
-                squeeze = [self.emit(aten.squeeze.dim, f, 1) for f in (g, x)]
-                record.path, record.sq_norm = "tied", self.emit(ops.tied_sq_norm.default, ids, rows, *squeeze)
-                return record
+                squeezed = [self.emit(aten.squeeze.dim, f, 1) for f in (g, x)]
+                if len(matmuls) > 1 or x.meta["val"].dtype != matmuls[0].contraction.node.meta["val"].dtype:
+                    record.path, record.sq_norm = "tied", self.emit(ops.tied_sq_norm.default, ids, rows, *squeezed)
+                    return record
+                parts = [self.emit(ops.embedding_sq_norm.default, ids, rows)]
+                parts.append(self.emit(aten.mul.Tensor, self.emit(ops.tied_cross.default, ids, rows, *squeezed), 2.0))
+        if ids is not None:
+            return self._tied(record, matmuls[0], parts)
         choice = self.planner.factors(x, g, self.emit)
         self._matmul(record, choice, root, x, g)
+        return record
+
+    def _tied(self, record: Record, head: Term, parts: list[Node]) -> Record:
+        """|E_b + H_b|^2 = |E_b|^2 + 2 <E_b, H_b> + |H_b|^2, the last on the cheapest path of the head's own contraction."""
+        assert isinstance(head.contraction, Matmul)
+        alone = self._single(replace(record), replace(head, transposed=False))
+        record.path, record.costs = f"tied, {alone.path}", alone.costs
+        with self.emit.at(self.view.output):
+            total = alone.sq_norm
+            for part in parts:
+                total = self.emit(aten.add.Tensor, total, part)
+            record.sq_norm = self.emit(aten.clamp_min.default, total, 0)
         return record
 
     def _oriented(self, term: Term, dtype: torch.dtype) -> tuple[Node, Node]:
@@ -243,7 +271,8 @@ class Measurer:
             with emit.at(node):
                 stack = found.materialise(emit)
                 self._stacks[node] = stack
-                if isinstance(found, (Matmul, Reduction)) or found.operation == "convolution_backward":
+                summed = isinstance(found, (Reduction, BiasReduction)) or isinstance(found, Matmul) and not rounds(node)
+                if summed:
                     self._replace_by_sum(node, stack)
             return stack
         source = node.args[0] if node.target is operator.getitem else node

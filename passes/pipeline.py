@@ -21,7 +21,7 @@ from gnsfx.passes.joint_graph import read_joint_graph
 from gnsfx.passes.measure import Measurer, Record, refuse
 from gnsfx.passes.propagate import propagate
 from gnsfx.passes.select_path import Planner
-from gnsfx.passes.state import Mixed, Size, State, describe
+from gnsfx.passes.state import Mixed, Size, State, describe, quotient
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,14 @@ class Plan:
     Attributes:
         slots: positions, among the graph inputs, of the parameters to measure.
         states: states of the graph inputs that are not shared.
-        batch: (input, dim, fold) whose size is fold * B: where B is read off.
+        batch: (input, dim, fold) such that the size there is fold * B: where B is read off.
         refusal: a reason to refuse every parameter, found before tracing.
         memory: cap in bytes; forced: a path, or "auto".
     """
 
     slots: tuple[int, ...]
     states: dict[int, State]
-    batch: tuple[int, int] | None
+    batch: tuple[int, int, int] | None
     refusal: str | None
     memory: int
     forced: str
@@ -61,7 +61,8 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     view = read_joint_graph(graph)
     examples: Size = 1
     if plan.batch is not None and plan.batch[0] in view.inputs:
-        examples = view.inputs[plan.batch[0]].meta["val"].shape[plan.batch[1]]
+        index, dim, fold = plan.batch
+        examples = quotient(view.inputs[index].meta["val"].shape[dim], fold)
     states = propagate(view, plan.states, examples)
     if keep_text:
         report.before = print_graph(graph, states)

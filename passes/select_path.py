@@ -41,6 +41,9 @@ class Planner:
     def _choose(self, B: int, E: int, T: int, I: int, O: int, one: bool, value: torch.Tensor) -> Choice:  # noqa: E741
         device = value.device.type
         costs = cost.matmul_paths(B, E, T, I, O, value.dtype.itemsize, device)
+        if value.dtype in (torch.bfloat16, torch.float16):  # these compute the gradient beside the norms, see measure
+            plain = cost.plain_matmul(B, E, T, I, O, value.dtype.itemsize)
+            costs |= {name: costs[name] + plain for name in ("materialise", "chunked")}
         if not (one and E == 1):
             costs.pop("outer", None)
         if self.forced in costs:

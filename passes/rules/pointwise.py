@@ -72,7 +72,8 @@ linear(["self other"], "aten.add.Tensor", "aten.sub.Tensor", "aten.where.self")
 linear(["self"], "aten.add.Scalar", "aten.sub.Scalar")  # lifted only where the scalar is zero, see propagate
 linear(["self", "other"], "aten.mul.Tensor")
 linear(["self"], "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default", "aten.clone.default",
-       "aten._to_copy.default", "prims.convert_element_type.default", "aten.alias.default", "aten.detach.default", "aten.real.default",
+       "aten._to_copy.default", "aten.alias.default", "aten.detach.default", "aten.real.default",
        "aten.imag.default", "aten._conj.default", "aten._conj_physical.default", "aten.conj_physical.default", "aten.resolve_conj.default",
-       "prims.device_put.default", "aten.lift_fresh_copy.default")  # fmt: skip
+       "aten.lift_fresh_copy.default")  # fmt: skip
+linear(["a"], "prims.convert_element_type.default", "prims.device_put.default")
 linear(["src"], "aten.copy.default")

@@ -34,20 +34,18 @@ class OneByOne:
                     self.sq_norm[name] = self.sq_norm.get(name, torch.zeros(())) + grad.square().sum()
         self.examples = self.examples + len(x)
 
-    def measurements(self, model):
-        return [
-            collector.Measurement(
-                name=name,
-                parameter=parameter,
-                sq_norm=None if name in self.refused else self.sq_norm.get(name),
-                examples=None if name in self.refused or name not in self.sq_norm else self.examples,
-                refusal=self.refused.get(name),
-            )
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        ]
+    def totals(self, model):
+        rows = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        reasons = [self.refused.get(n) or (None if n in self.sq_norm else "not seen") for n, _ in rows]
+        measured = [n for (n, _), reason in zip(rows, reasons, strict=True) if reason is None]
+        columns = [torch.stack([self.sq_norm[n].double(), self.examples.double()]) for n in measured]
+        values = torch.stack(columns, 1) if columns else None
+        found = collector.Totals([n for n, _ in rows], [p for _, p in rows], reasons, values, [self])
+        return found
 
-    def clear(self, model):
+    parameters = ()
+
+    def clear(self, slots):
         self.sq_norm, self.examples, self.cleared = {}, torch.zeros(()), self.cleared + 1
 
     def diagnose(self, model):
@@ -57,7 +55,7 @@ class OneByOne:
 @pytest.fixture
 def source(monkeypatch):
     source = OneByOne()
-    for name in ("measurements", "clear", "diagnose"):
+    for name in ("totals", "diagnose"):
         monkeypatch.setattr(collector, name, getattr(source, name))
     return source
 
@@ -350,8 +348,7 @@ def test_other_dtypes(source, model, dtype):
     reference, noise = NoiseScale(model), NoiseScale(model.to(dtype))
     x, y = data(8)
     source.backward(model, x.to(dtype), y.to(dtype))
-    for row in source.measurements(model):
-        source.sq_norm[row.name] = row.sq_norm.float()
+    source.sq_norm = {name: norm.float() for name, norm in source.sq_norm.items()}
     noise.step()
     model.float().zero_grad()
     source.backward(model, x, y)
@@ -369,8 +366,8 @@ def test_nothing_measured_tells_why(source, model):
 
 def test_step_after_zero_grad_tells_so(source, model):
     source.backward(model, *data(4))
-    model.zero_grad()
-    with pytest.raises(NotMeasuredError, match=r"p\.grad is None .* before zero_grad\(\)"):
+    source.refused = {name: collector.ZEROED for name, _ in model.named_parameters()}
+    with pytest.raises(NotMeasuredError, match=r"gradient is None.* before optimizer\.zero_grad\(\)"):
         NoiseScale(model).step()
 
 

@@ -1,0 +1,272 @@
+"""The life of a training run: what belongs to one step, and what must never be counted."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+import gnsfx
+from gnsfx import collector
+from gnsfx.errors import NotMeasuredError
+from tests import oracle, zoo
+
+EAGER = {"gns.inner": "eager"}
+Call = Callable[[nn.Module], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def batch(examples: int = 4, T: int = 6) -> Call:
+    tokens, targets = zoo.ids(11, examples, T), zoo.ids(11, examples, T)
+    return lambda model: zoo.token_losses(model(tokens), targets)
+
+
+def truth(model: nn.Module, *calls: Call) -> dict[str, Tensor]:
+    found = [oracle.per_example_sq_norms(model, call(model)) for call in calls]
+    return {name: torch.cat([f[name] for f in found]).sum()[None] for name in found[0]}
+
+
+def agree(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    measured = {n: s[None] for n, s in collector.sq_norms(model).items()}
+    assert oracle.names_beyond(measured, expected, oracle.tolerance(torch.float64)) == []
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return zoo.GPT(layers=1).double()
+
+
+@pytest.fixture
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="gns", options=EAGER)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_with_smaller_and_shorter_batches(model: nn.Module, compiled: nn.Module, set_to_none: bool) -> None:
+    calls = [batch(), batch(), batch(3, 5), batch(2, 4)]
+    for _ in range(2):
+        model.zero_grad(set_to_none)
+        for n, call in enumerate(calls):
+            call(compiled).mean().backward()
+            agree(model, truth(model, *calls[: n + 1]))
+    assert {float(m.examples) for m in collector.measurements(model)} == {13.0}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_between_forward_and_backward(model: nn.Module, compiled: nn.Module, set_to_none: bool) -> None:
+    first, second = batch(), batch()
+    first(compiled).mean().backward()
+    loss = second(compiled).mean()
+    model.zero_grad(set_to_none)
+    loss.backward()
+    agree(model, truth(model, second))
+
+
+def test_two_forwards_then_two_backwards(model: nn.Module, compiled: nn.Module) -> None:
+    first, second = batch(), batch()
+    losses = [first(compiled).mean(), second(compiled).mean()]
+    for loss in losses:
+        loss.backward()
+    agree(model, truth(model, first, second))
+
+
+def test_one_backward_through_two_forwards_is_refused_until_zeroed(model: nn.Module, compiled: nn.Module) -> None:
+    call = batch()
+    (call(compiled).mean() + call(compiled).mean()).backward()
+    assert all(m.refusal and "one backward" in m.refusal or "no compiled graph" in (m.refusal or "") for m in collector.measurements(model))
+    model.zero_grad()
+    call(compiled).mean().backward()
+    agree(model, truth(model, call))
+
+
+def test_two_backwards_through_one_forward_are_refused(model: nn.Module, compiled: nn.Module) -> None:
+    with torch._functorch.config.patch(donated_buffer=False):  # plain Inductor needs this too
+        losses = batch()(compiled)
+        losses.mean().backward(retain_graph=True)
+        losses.sum().backward()
+    assert {m.refusal for m in collector.measurements(model)} == {collector.TWICE_THROUGH_ONE_FORWARD}
+
+
+def test_eager_use_of_a_measured_parameter_is_refused(model: nn.Module, compiled: nn.Module) -> None:
+    call = batch()
+    (call(compiled).mean() + model.head.weight.square().sum()).backward()
+    refused = {m.name: m.refusal for m in collector.measurements(model) if m.refusal}
+    assert refused == {"wte.weight": collector.FOREIGN}
+    model.zero_grad()
+    call(compiled).mean().backward()
+    agree(model, truth(model, call))
+
+
+def test_autograd_grad_fills_nothing_and_spoils_nothing(model: nn.Module, compiled: nn.Module) -> None:
+    call = batch()
+    call(compiled).mean().backward()
+    torch.autograd.grad(call(compiled).mean(), list(model.parameters()))
+    agree(model, truth(model, call))
+    model.zero_grad()
+    torch.autograd.grad(call(compiled).mean(), list(model.parameters()))
+    with pytest.raises(NotMeasuredError, match="autograd.grad"):
+        gnsfx.sq_norms(model)
+
+
+def test_measuring_some_steps_only(model: nn.Module, compiled: nn.Module) -> None:
+    call = batch()
+    for step in range(4):
+        model.zero_grad()
+        with gnsfx.measuring(step % 2 == 0):
+            loss = call(compiled).mean()
+        loss.backward()
+        if step % 2 == 0:
+            agree(model, truth(model, call))
+        else:
+            with pytest.raises(NotMeasuredError, match="no compiled graph measured"):
+                gnsfx.sq_norms(model)
+
+
+def test_no_grad_and_eval_are_plain(model: nn.Module, compiled: nn.Module) -> None:
+    call = batch()
+    compiled.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(call(compiled), call(model))
+    with pytest.raises(NotMeasuredError, match="no parameter of this model"):
+        gnsfx.sq_norms(model)
+    compiled.train()
+    call(compiled).mean().backward()
+    agree(model, truth(model, call))
+
+
+def test_two_models_and_a_deleted_one(model: nn.Module, compiled: nn.Module) -> None:
+    first, second = batch(), batch()
+    other = zoo.GPT(layers=1).double()
+    other_compiled = torch.compile(other, backend="gns", options=EAGER)
+    first(compiled).mean().backward()
+    second(other_compiled).mean().backward()
+    agree(model, truth(model, first))
+    agree(other, truth(other, second))
+    references = [weakref.ref(other), weakref.ref(collector.compiled(other)[0])]
+    del other, other_compiled
+    gc.collect()
+    assert [r() for r in references] == [None, None]
+    agree(model, truth(model, first))
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.blocks = nn.ModuleList(zoo.GPTBlock(8, 2) for _ in range(blocks))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_blocks_compiled_one_by_one_share_a_graph() -> None:
+    model = Stack().double()
+    plain, call = copy.deepcopy(model), batch()
+    for block in model.blocks:
+        block.compile(backend="gns", options=EAGER)
+    call(model).mean().backward()
+    expected = truth(plain, call)
+    agree(model, {n: t for n, t in expected.items() if n.startswith("blocks")})
+    collectors = collector.compiled(model)
+    assert len(collectors) == 3 and len({id(c.graph) for c in collectors}) == 1
+    assert {m.name for m in collector.measurements(model) if m.refusal} == {"embed.weight", "head.weight", "head.bias"}
+
+
+def test_compiled_in_place_and_a_submodule() -> None:
+    for part in ("all", "blocks.0"):
+        model = Stack(1).double()
+        plain, call = copy.deepcopy(model), batch()
+        (model if part == "all" else model.get_submodule(part)).compile(backend="gns", options=EAGER)
+        call(model).mean().backward()
+        expected = truth(plain, call)
+        agree(model, expected if part == "all" else {n: t for n, t in expected.items() if n.startswith(part)})
+
+
+class Broken(nn.Module):
+    """Time-first and folded intermediates cross two graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x)).transpose(0, 1).contiguous()
+        torch._dynamo.graph_break()
+        x = torch.tanh(self.b(x)).transpose(0, 1).reshape(-1, 4)
+        torch._dynamo.graph_break()
+        return self.c(x).view(4, 3, 4)
+
+
+def test_graph_breaks_keep_the_batch_dimension() -> None:
+    model = Broken().double()
+    call = zoo.on(zoo.floats(4, 3, 4))
+    call(torch.compile(model, backend="gns", options=EAGER)).mean().backward()
+    assert len(collector.compiled(model)) == 3
+    agree(model, truth(model, call))
+
+
+def test_autocast_bf16() -> None:
+    model = zoo.MLP(16, 32, 8)
+    x = torch.randn(4, 5, 16)
+    compiled = torch.compile(model, backend="gns", options=EAGER)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = zoo.squares(compiled(x)).mean()
+    loss.backward()
+    found = {n: s[None] for n, s in gnsfx.sq_norms(model).items()}
+    assert {s.dtype for s in found.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = zoo.squares(model(x))
+    expected = {n: t.sum()[None] for n, t in oracle.per_example_sq_norms(model, losses).items()}
+    assert oracle.names_beyond(found, expected, 2 * torch.finfo(torch.bfloat16).eps) == []
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    model = zoo.GPT(layers=1, T=9).double()
+    compiled = torch.compile(model, backend="gns", options=EAGER, dynamic=True)
+    calls = [batch(4, 6), batch(3, 6), batch(5, 9), batch(2, 3)]
+    for call in calls:
+        model.zero_grad()
+        call(compiled).mean().backward()
+        agree(model, truth(model, call))
+    assert len(collector.compiled(model)) == 1
+
+
+WARM = """
+import sys, torch
+from gnsfx import backend, collector
+from tests import zoo
+runs = []
+rewrite = backend.rewrite
+backend.rewrite = lambda *a, **k: (runs.append(1), rewrite(*a, **k))[1]
+torch.manual_seed(0)
+model = zoo.MLP(4, 4, 4)
+torch.compile(model, backend="gns")(torch.randn(3, 2, 4)).square().sum().backward()
+print(len(runs), {n: float(s) for n, s in collector.sq_norms(model).items()})
+from gnsfx.coverage import coverage
+assert {row.status for row in coverage(model)} == {"measured"}
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_hits_the_compile_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    outputs = [subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    (cold, first), (warm, second) = (o.split(maxsplit=1) for o in outputs)
+    assert (cold, warm) == ("1", "0")
+    assert first == second
