@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import pgo  # the sizes Dynamo has seen, from which it makes later graphs dynamic
 from torch._dynamo.backends.common import aot_autograd  # the "eager" inner compiler goes through AOTAutograd alone
+from torch._dynamo.convert_frame import register_bytecode_hook  # tells which code objects were compiled
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._functorch._aot_autograd.descriptors import (  # what each joint-graph input and output means
     GradAOTOutput,
     PlainAOTInput,
@@ -32,6 +39,7 @@ from torch.utils.weak import WeakIdKeyDictionary  # tensors compare elementwise,
 __all__ = [
     "CustomGraphPass",
     "GradAOTOutput",
+    "OptimizedModule",
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",
@@ -46,6 +54,8 @@ __all__ = [
     "known",
     "list_mode_options",
     "make_boxed_func",
+    "options_of",
+    "private_graphs",
     "select_decomp_table",
     "size_hint",
     "sources_of",
@@ -83,3 +93,45 @@ def force_backend(backend: Callable[..., Any]) -> Iterator[None]:
     """Let every ``torch.compile`` called inside use ``backend``; its graphs are cached apart from the others."""
     with torch.compiler.set_stance("default", force_backend=backend):
         yield
+
+
+@contextmanager
+def private_graphs(backend: Callable[..., Any]) -> Iterator[None]:
+    """Let every ``torch.compile`` called inside use ``backend``, and forget afterwards that it did.
+
+    Dynamo keeps its graphs with the code objects, where they count towards ``recompile_limit``, behind which a model
+    silently runs in eager mode, and it makes a size dynamic that it has seen with two values. Neither may follow from
+    looking at a model.
+    """
+    codes: list[Any] = []
+    seen = copy.deepcopy(dict(pgo.get_code_state()))
+    hook = register_bytecode_hook(lambda code, _: codes.append(code))
+    try:
+        with force_backend(backend), dynamo_config.patch(recompile_limit=64, accumulated_recompile_limit=1 << 16):
+            yield
+    finally:
+        hook.remove()
+        for code in codes:
+            _forget(code, backend)
+        sizes = pgo.get_code_state()
+        sizes.clear()
+        sizes.update(seen)
+
+
+def _forget(code: Any, backend: Callable[..., Any]) -> None:
+    for entry in _debug_get_cache_entry_list(code):
+        if entry.backend is not backend:
+            continue
+        gone = DeletedGuardManagerWrapper("gnsfx looked at the graph")
+        gone.id_matched_objs = {"self": weakref.ref(_forget)}  # matches no frame, so that the entry does not count
+        entry.guard_manager.extra_state.invalidate(entry, gone)
+
+
+def options_of(model: Any) -> dict[str, Any] | None:
+    """What was given to ``torch.compile(model, options=...)``; None where that cannot be told."""
+    found = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while found is not None:
+        if isinstance(kwargs := getattr(found, "kwargs", None), dict):
+            return kwargs.get("options")
+        found = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "_torchdynamo_orig_callable", None)
+    return None

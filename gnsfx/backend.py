@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
 from gnsfx.capture import Capture, read_capture, trains
-from gnsfx.collector import Collectors
+from gnsfx.collector import Collectors, leave_out
 from gnsfx.config import Options, debug_level, split_options
 from gnsfx.errors import GnsWarning, RefusedError
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
@@ -90,18 +90,37 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
         return _inner_compile(gm, example_inputs, ours, patches, None)
     capture = read_capture(gm, example_inputs, ours)
     if not capture.plan.slots:
-        return _inner_compile(gm, example_inputs, ours, patches, None)
+        return _leaving_out(_inner_compile(gm, example_inputs, ours, patches, None), capture, ours)
     return CompiledGraph(gm, example_inputs, capture, ours, patches)
+
+
+def _leaving_out(inner: Compiled, capture: Capture, options: Options) -> Compiled:
+    """A graph without a selected parameter: plain, but for noting once which parameters came in."""
+    seen: Any = _torch.WeakIdKeyDictionary()
+
+    def call(*args: Any) -> Any:
+        if args[capture.unselected[0]] not in seen:
+            seen[args[capture.unselected[0]]] = True
+            _note_unselected(args, capture, options)
+        return inner(*args)
+
+    return call
+
+
+def _note_unselected(args: Sequence[Any], capture: Capture, options: Options) -> None:
+    selection = repr(options.params) if isinstance(options.params, str) else getattr(options.params, "__qualname__", "a callable")
+    for index in capture.unselected:
+        leave_out(args[index], f"not selected by gns.params={selection}")
 
 
 def _patches(mode: str | None, inductor: dict[str, Any]) -> dict[str, Any]:
     return {**(_torch.list_mode_options(mode) if mode else {}), **inductor}
 
 
-class CompiledGraph:
-    """One captured graph: compiled once, called with the parameters of any module that shares its code."""
+class CapturedGraph:
+    """One captured graph with what the backend knows of it; not compiled."""
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]) -> None:
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options) -> None:
         self.capture, self.options = capture, options
         self._original = gm
         values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
@@ -110,24 +129,7 @@ class CompiledGraph:
         self._refusals: dict[int, str] | None = None
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.collectors = Collectors(self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], capture.plan.batch, options.per_example)
-        leaves = self.collectors.fake_leaves(self._fake_inputs)
-        self._leaves = [f"gns_leaf_{i}" for i in range(len(leaves))]
-        rewriting = RewritePass(capture.plan, self._keep)
-        self._inner = _inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
-        if options.strict:
-            self._refuse_strictly()
-        elif self._report is not None:
-            self._warn()
-
-    def __call__(self, *args: Any) -> Any:
-        call = self.collectors.call(args)
-        results = self._inner(*args, *call.leaves)
-        call.watch(results[self._outputs])
-        results = tuple(results)[: self._outputs]
-        for index, result in enumerate(results):
-            if isinstance(result, Tensor) and result.dim():
-                marks.record(result, self, index)
-        return results
+        self._leaves = ["gns_leaf_0", "gns_leaf_1"] if options.per_example else ["gns_leaf_0"]
 
     def _keep(self, report: Report) -> None:
         self._report = report
@@ -147,6 +149,15 @@ class CompiledGraph:
             return Batched(state.dim, _torch.size_hint(state.outer), _torch.size_hint(state.inner))
         return state if isinstance(state, (Shared, Mixed)) else None
 
+    def note_unselected(self, args: Sequence[Any]) -> None:
+        """Called for each tuple of parameters that comes in."""
+        _note_unselected(args, self.capture, self.options)
+
+    def record_results(self, results: Sequence[Any]) -> None:
+        for index, result in enumerate(results):
+            if isinstance(result, Tensor) and result.dim():
+                marks.record(result, self, index)
+
     @property
     def refusals(self) -> dict[int, str]:
         """Slot -> reason."""
@@ -159,6 +170,28 @@ class CompiledGraph:
         if self._refusals is None and self._report is None and norms is not None and not (norms[0] == REFUSED).any():
             self._refusals = {}
         return self.refusals.get(slot)
+
+
+class CompiledGraph(CapturedGraph):
+    """Compiled once, called with the parameters of any module that shares its code."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]) -> None:
+        super().__init__(gm, inputs, capture, options)
+        leaves = self.collectors.fake_leaves(self._fake_inputs)
+        rewriting = RewritePass(capture.plan, self._keep)
+        self._inner = _inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
+        if options.strict:
+            self._refuse_strictly()
+        elif self._report is not None:
+            self._warn()
+
+    def __call__(self, *args: Any) -> Any:
+        call = self.collectors.call(args)
+        results = self._inner(*args, *call.leaves)
+        call.watch(results[self._outputs])
+        results = tuple(results)[: self._outputs]
+        self.record_results(results)
+        return results
 
     def _refused_names(self) -> list[str]:
         return [f"{self.capture.names[self.capture.plan.slots[i]]}: {reason}" for i, reason in self.refusals.items()]
@@ -249,7 +282,7 @@ def _eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePas
     return compiler(gm, list(inputs))
 
 
-def trace(graph: CompiledGraph, keep_text: bool = False) -> Report:
+def trace(graph: CapturedGraph, keep_text: bool = False) -> Report:
     """Trace and rewrite the captured graph once more, compiling nothing, and keep the report."""
     kept: list[Report] = []
     rewriting = RewritePass(graph.capture.plan, kept.append, keep_text)

@@ -38,6 +38,10 @@ FOREIGN = (
 )
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
 class Tracked:
     """One parameter: the collectors that measure it, and whether all of its gradient came through them."""
 
@@ -53,16 +57,16 @@ class Tracked:
         self._arrived: tuple[bool, tuple[int, int] | None] | None = None
         parameter.register_hook(self._arriving)
 
-    def _arriving(self, grad: Tensor) -> None:
+    def _arriving(self, grad: Tensor | None) -> None:
         """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
         self._resolve()
-        ours = self.expected == (current_backward(), grad.data_ptr(), grad._version)
+        ours = grad is None or self.expected == (current_backward(), _address(grad), grad._version)
         self._arrived, self.expected = (ours, self._stamp()), None
 
     def _stamp(self) -> tuple[int, int] | None:
         parameter = self.parameter()
         grad = parameter.grad if parameter is not None else None
-        return None if grad is None else (grad.data_ptr(), grad._version)
+        return None if grad is None else (_address(grad), grad._version)
 
     def _resolve(self) -> None:
         """``torch.autograd.grad`` runs the hook too, but adds nothing to ``.grad``: only what was added counts."""
@@ -99,16 +103,16 @@ class Collector:
         weak = weakref.ref(self)
         self.leaf.register_post_accumulate_grad_hook(lambda _: (me := weak()) and me.end())
         self._positions: list[int | None] | None = None
-        self._tracked = []
+        self.tracked = []
         for slot, parameter in enumerate(parameters):
             tracked = _tracked.get(id(parameter)) or Tracked(parameter)
             tracked.collectors.append((self, slot))
-            self._tracked.append(tracked)
+            self.tracked.append(tracked)
 
     def _live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
         """(slot, parameter, other collectors of the parameter)."""
         live = [(s, p) for s, r in enumerate(self.parameters) if (p := r()) is not None]
-        return [(s, p, [e for e in self._tracked[s].collectors if e[0] is not self]) for s, p in live]
+        return [(s, p, [e for e in self.tracked[s].collectors if e[0] is not self]) for s, p in live]
 
     def begin(self, call: Call) -> None:
         """A backward is about to run through ``call``: start anew what was zeroed since the last one."""
@@ -150,9 +154,9 @@ class Collector:
         """The compiled backward is done: note what each parameter should receive, if nothing else is added to it."""
         assert self._positions is not None
         task = current_backward()
-        for tracked, position in zip(self._tracked, self._positions, strict=True):
+        for tracked, position in zip(self.tracked, self._positions, strict=True):
             grad = grads[position] if position is not None else None
-            tracked.expected = None if grad is None else (task, grad.data_ptr(), grad._version)
+            tracked.expected = None if grad is None else (task, _address(grad), grad._version)
 
     def end(self) -> None:
         """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
@@ -199,13 +203,13 @@ class Collector:
         live = [(s, p) for s in slots if (p := self.parameters[s]()) is not None and p.grad is not None]
         norms = torch._foreach_norm([p.grad for _, p in live], float("inf"))
         zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
-        if self.refused or self.per_example or any(self._tracked[s].foreign for s, _ in live):  # host state must follow: these cost a synchronisation
+        if self.refused or self.per_example or any(self.tracked[s].foreign for s, _ in live):  # host state must follow: these cost a synchronisation
             gone = [s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z]
             self.clear(gone)
             for slot in gone:
-                self._tracked[slot].reset()
+                self.tracked[slot].reset()
         for position, (slot, _) in enumerate(live):
-            for collector, at in self._tracked[slot].collectors:
+            for collector, at in self.tracked[slot].collectors:
                 total = collector.leaf.grad
                 if total is not None:
                     total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
@@ -248,6 +252,7 @@ class Collectors:
         collector = of_first.get(key)
         if collector is None or any(r() is not p for r, p in zip(collector.parameters, parameters, strict=True)):
             collector = of_first[key] = Collector(self._graph, parameters, self._dtype)
+            self._graph.note_unselected(args)
         per_example = None
         if self._per_example:
             examples = self._examples(args)
@@ -399,9 +404,27 @@ def measurements(model: nn.Module) -> list[Measurement]:
     return rows
 
 
+def is_foreign(parameter: nn.Parameter) -> bool:
+    """Whether ``.grad`` has a part that no compiled graph measured."""
+    tracked = _tracked.get(id(parameter))
+    return tracked is not None and tracked.foreign
+
+
 def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
     tracked = _tracked.get(id(parameter))
     return () if tracked is None else tracked.collectors
+
+
+_left_out: Any = WeakIdKeyDictionary()  # parameter -> why a compiled graph does not measure it
+
+
+def leave_out(parameter: nn.Parameter, reason: str) -> None:
+    """Remember that a graph saw a parameter and was told not to measure it."""
+    _left_out[parameter] = reason
+
+
+def left_out(parameter: nn.Parameter) -> str | None:
+    return _left_out.get(parameter)
 
 
 def clear(model: nn.Module) -> None:

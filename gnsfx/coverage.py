@@ -1,0 +1,142 @@
+"""Which parameters are measured, how, and why the others are not.
+
+    records of every graph that a parameter came in with      what the passes decided
+    + refusals while training                                 a cross term that was lost, a gradient from elsewhere
+    + what never came in                                      frozen, left out by gns.params, in no compiled graph
+    = one row per parameter
+
+Where a parameter is in several graphs (a batch of another size, a branch in Python) it is refused if any of them
+refuses it, and measured if any of them measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from gnsfx import collector
+from gnsfx.passes.measure import Record
+
+Status = Literal["measured", "estimated", "refused", "not compiled", "unused"]
+STATUSES: tuple[Status, ...] = ("measured", "estimated", "refused", "not compiled", "unused")
+FROZEN = "frozen: requires_grad is False"
+NEVER_CALLED = (
+    "no compiled graph uses it and it has no gradient: no forward pass reached it since it was added to the model, "
+    "or its module is not called"
+)
+ELSEWHERE = (
+    'it gets its gradient from eager code or from a graph compiled with another backend; compile the module that uses it with backend="gns"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        name: as in ``model.named_parameters()``.
+        shape: of the parameter; numbers only, () for a scalar.
+        status: ``"measured"`` (exact), ``"estimated"`` (unbiased), ``"refused"`` (cannot be exact), ``"not compiled"``
+            (in no graph compiled with ``backend="gns"``) or ``"unused"`` (nothing to measure: frozen, not selected, no gradient).
+        operation: the op that ends in its gradient, or the one at which it was refused.
+        path: how it is measured, empty where it is not.
+        reason: why it has this status, empty where there is nothing to say.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    status: Status
+    operation: str = ""
+    path: str = ""
+    reason: str = ""
+
+
+class Coverage(Sequence[Row]):
+    """The rows in the order of ``model.named_parameters()``; ``print`` shows them as a table."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def counts(self) -> dict[str, int]:
+        """How many parameters have each status that occurs."""
+        return {s: n for s in STATUSES if (n := sum(row.status == s for row in self._rows))}
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "status", "operation", "path", "reason")
+        notes: dict[str, str] = {}
+        cells = [(r.name, format_shape(r.shape), r.status, r.operation, r.path, footnote(r.reason, notes)) for r in self._rows]
+        summary = ", ".join(f"{n} {status}" for status, n in self.counts().items()) or "no parameters"
+        return "\n".join([align([header, *cells]), *(f"{mark} {reason}" for reason, mark in notes.items()), summary])
+
+    def __repr__(self) -> str:
+        return f"Coverage({', '.join(f'{n} {status}' for status, n in self.counts().items())})"
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """One row per parameter of ``model``: what is measured, on which path, and why the others are not.
+
+    ``model`` is the compiled module, the module inside it, or one compiled in place; the names are those that its own
+    ``named_parameters()`` gives. Call it after a forward pass: compiling happens there. After a compile-cache hit the
+    graphs are traced again, which takes as long as tracing took.
+    """
+    seen = any(collector.collectors_of(p) for p in model.parameters())
+    everything = None if seen else collector.diagnose(model)
+    return Coverage(_row(name, parameter, everything) for name, parameter in model.named_parameters())
+
+
+def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
+    shape = tuple(parameter.shape)
+    if not parameter.requires_grad:
+        return Row(name, shape, "unused", reason=FROZEN)
+    found = [_of_graph(c, slot) for c, slot in collector.collectors_of(parameter)]
+    if found:
+        merged = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
+        status, operation, path, reason = merged
+        if status != "refused" and collector.is_foreign(parameter):
+            return Row(name, shape, "refused", operation, reason=collector.FOREIGN)
+        paths = dict.fromkeys(row[2] for row in found if row[2]) if status != "refused" else {}
+        return Row(name, shape, status, operation, " | ".join(paths), reason)
+    if (left_out := collector.left_out(parameter)) is not None:
+        return Row(name, shape, "unused", reason=left_out)
+    return Row(name, shape, "not compiled", reason=everything or (NEVER_CALLED if parameter.grad is None else ELSEWHERE))
+
+
+_PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused", "not compiled")
+
+
+def _of_graph(owner: collector.Collector, slot: int) -> tuple[Status, str, str, str]:
+    record: Record = owner.graph.report.records[slot]
+    if (reason := owner.refused.get(slot)) is not None:
+        return "refused", record.operation, "", reason
+    return record.status, record.operation, record.path, record.reason  # type: ignore[return-value]
+
+
+def format_shape(shape: Sequence[Any]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def footnote(reason: str, notes: dict[str, str]) -> str:
+    """The reason, or the mark under which ``notes`` (reason -> mark) keeps it where it is too long for a cell."""
+    return reason if len(reason) <= 40 else notes.setdefault(reason, f"[{len(notes) + 1}]")
+
+
+def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells as lines of a table under the first row; ``right`` columns are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)) if len(lines) > 1 else "", *lines[1:]]).rstrip()
