@@ -24,7 +24,9 @@ from torch._functorch._aot_autograd.descriptors import (  # what each joint-grap
     PlainAOTOutput,
     TangentAOTInput,
 )
-from torch._functorch.aot_autograd import make_boxed_func  # the calling convention AOTAutograd asks of a compiler
+from torch._functorch._aot_autograd.utils import (
+    make_boxed_func,
+)  # the calling convention AOTAutograd asks of a compiler
 from torch._functorch.partitioners import default_partition  # splits the rewritten joint graph for "eager"
 from torch._guards import detect_fake_mode  # new metadata must live in the fake mode of the graph
 from torch._inductor import config as inductor_config

@@ -1,6 +1,6 @@
 """The ``torch.compile`` backend: plain Inductor, with the collector's leaf added to the graph and the pass configured.
 
-    captured graph --read_capture--> Plan --add_leaves--> graph + leaf --inner compiler + rewrite--> callable
+captured graph --read_capture--> Plan --add_leaves--> graph + leaf --inner compiler + rewrite--> callable
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gnsfx.passes.state import Batched, Mixed, Shared, State, describe
 Compiled = Callable[..., Any]
 
 
-def compile(  # noqa: A001  (the name of torch.compile)
+def compile(
     model: Any = None,
     *,
     params: Any = "all",
@@ -49,7 +49,14 @@ def compile(  # noqa: A001  (the name of torch.compile)
     Raises:
         OptionError: an option that does not exist, or a value it does not take.
     """
-    ours = {"params": params, "per_example": per_example, "strict": strict, "inner": inner, "path": path, "memory": memory}
+    ours = {
+        "params": params,
+        "per_example": per_example,
+        "strict": strict,
+        "inner": inner,
+        "path": path,
+        "memory": memory,
+    }
     merged = {**(options or {}), **{f"gns.{k}": v for k, v in ours.items() if v is not None}}
     split_options(merged)
     return torch.compile(model, backend="gns", mode=mode, options=merged, **kwargs)  # type: ignore[call-overload]
@@ -108,7 +115,11 @@ def _leaving_out(inner: Compiled, capture: Capture, options: Options) -> Compile
 
 
 def _note_unselected(args: Sequence[Any], capture: Capture, options: Options) -> None:
-    selection = repr(options.params) if isinstance(options.params, str) else getattr(options.params, "__qualname__", "a callable")
+    selection = (
+        repr(options.params)
+        if isinstance(options.params, str)
+        else getattr(options.params, "__qualname__", "a callable")
+    )
     for index in capture.unselected:
         leave_out(args[index], f"not selected by gns.params={selection}")
 
@@ -128,7 +139,9 @@ class CapturedGraph:
         self._report: Report | None = None
         self._refusals: dict[int, str] | None = None
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.collectors = Collectors(self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], capture.plan.batch, options.per_example)
+        self.collectors = Collectors(
+            self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], capture.plan.batch, options.per_example
+        )
         self._leaves = ["gns_leaf_0", "gns_leaf_1"] if options.per_example else ["gns_leaf_0"]
 
     def _keep(self, report: Report) -> None:
@@ -175,7 +188,9 @@ class CapturedGraph:
 class CompiledGraph(CapturedGraph):
     """Compiled once, called with the parameters of any module that shares its code."""
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]) -> None:
+    def __init__(
+        self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]
+    ) -> None:
         super().__init__(gm, inputs, capture, options)
         leaves = self.collectors.fake_leaves(self._fake_inputs)
         rewriting = RewritePass(capture.plan, self._keep)
@@ -229,12 +244,24 @@ class RewritePass(_torch.CustomGraphPass):
         states = {i: describe(s) for i, s in plan.states.items()}
         extra = sorted(str(op) for op in RULES)
         before = self.before.uuid() if self.before is not None else None
-        return (sources_hash(), plan.slots, tuple(states.items()), plan.batch, plan.refusal, plan.memory, plan.forced, tuple(extra), before)
+        return (
+            sources_hash(),
+            plan.slots,
+            tuple(states.items()),
+            plan.batch,
+            plan.refusal,
+            plan.memory,
+            plan.forced,
+            tuple(extra),
+            before,
+        )
 
 
 def _print_debug(report: Report) -> None:
     for record in report.records:
-        print(f"gns: input {record.slot} {list(record.shape)}: {record.status} {record.operation} {record.path} {record.reason}".rstrip())
+        print(
+            f"gns: input {record.slot} {list(record.shape)}: {record.status} {record.operation} {record.path} {record.reason}".rstrip()
+        )
     if report.before:
         print(f"gns: before\n{report.before}\ngns: after\n{report.after}")
 
@@ -255,14 +282,18 @@ def sources_hash() -> str:
     return _hash
 
 
-def _inner_compile(gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any], rewriting: RewritePass | None) -> Compiled:
+def _inner_compile(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any], rewriting: RewritePass | None
+) -> Compiled:
     if options.inner == "eager":
         return _eager_compile(gm, inputs, rewriting)
     if rewriting is None:
-        return _torch.compile_fx(gm, list(inputs), config_patches=patches or None)
+        inner: Any = _torch.compile_fx(gm, list(inputs), config_patches=patches or None)
+        return inner
     before = patches.pop("joint_custom_pre_pass", None) or _torch.inductor_config.joint_custom_pre_pass
     rewriting.before = before
-    return _torch.compile_fx(gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": rewriting})
+    measured: Any = _torch.compile_fx(gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": rewriting})
+    return measured
 
 
 def _eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePass | None) -> Compiled:

@@ -49,8 +49,8 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
 
 def source_name(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", node.name)
-    return name() if callable(name) else name
+    name: Any = getattr(source, "name", node.name)
+    return str(name() if callable(name) else name)
 
 
 def parameter_name(node: Node) -> str:
@@ -102,7 +102,9 @@ def _called(node: Node) -> str:
 # -------------------------------------------------------------------------------------------------------- the batch
 
 
-def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[dict[int, State], tuple[int, int, int] | None, str | None]:
+def batch_states(
+    placeholders: Sequence[Node], inputs: Sequence[Any]
+) -> tuple[dict[int, State], tuple[int, int, int] | None, str | None]:
     """States of the inputs, where the number of examples is read off, and a reason to refuse everything.
 
     Order of trust: what the user marked, what the graph that made the tensor recorded, then dimension 0 of the inputs
@@ -154,5 +156,3 @@ def batch_states(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[d
 
 def trains(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
-
-

@@ -23,12 +23,16 @@ from gnsfx.marks import mark_batch
 
 __all__ = ["Measurement", "clear", "diagnose", "mark_batch", "measurements", "per_example_sq_norms", "sq_norms"]
 
-_tracked: dict[int, Tracked] = {}  # id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
+_tracked: dict[
+    int, Tracked
+] = {}  # id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
 TWICE_IN_ONE_BACKWARD = (
     "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
     "compile the module that contains both uses"
 )
-TWICE_THROUGH_ONE_FORWARD = "backward ran twice through one forward pass, so the cross term between the two is lost; add the losses and call backward once"
+TWICE_THROUGH_ONE_FORWARD = (
+    "backward ran twice through one forward pass, so their cross term is lost; add the losses and call backward once"
+)
 NOT_COMPILED = "no compiled graph measures it"
 ZEROED = "its gradient is None: no backward pass reached it, or it was zeroed; read before optimizer.zero_grad()"
 UNREACHED = "no backward pass of a compiled graph has reached it since its gradient was last zeroed"
@@ -147,7 +151,11 @@ class Collector:
     def locate(self, node: Any) -> None:
         """Find each parameter among the inputs of the compiled backward; the same at every call."""
         if self._positions is None:
-            at = {id(v): i for i, (edge, _) in enumerate(node.next_functions) if (v := getattr(edge, "variable", None)) is not None}
+            at = {
+                id(v): i
+                for i, (edge, _) in enumerate(node.next_functions)
+                if (v := getattr(edge, "variable", None)) is not None
+            }
             self._positions = [at.get(id(r())) for r in self.parameters]
 
     def passed(self, grads: Sequence[Tensor | None]) -> None:
@@ -201,9 +209,12 @@ class Collector:
     def _clear_zeroed(self, slots: list[int]) -> None:
         """``zero_grad(set_to_none=False)``: gradients that are all zero start anew. One pass over them, no host sync."""
         live = [(s, p) for s in slots if (p := self.parameters[s]()) is not None and p.grad is not None]
-        norms = torch._foreach_norm([p.grad for _, p in live], float("inf"))
+        grads: list[Any] = [p.grad for _, p in live]
+        norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
         zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
-        if self.refused or self.per_example or any(self.tracked[s].foreign for s, _ in live):  # host state must follow: these cost a synchronisation
+        if (
+            self.refused or self.per_example or any(self.tracked[s].foreign for s, _ in live)
+        ):  # host state must follow: these cost a synchronisation
             gone = [s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z]
             self.clear(gone)
             for slot in gone:
@@ -231,14 +242,23 @@ class Call:
         node = probe.grad_fn
         assert node is not None
         self.collector.locate(node)
-        node.register_prehook(lambda _: self.collector.begin(self))  # must not hold the node: a cycle through C++ is never freed
+        node.register_prehook(
+            lambda _: self.collector.begin(self)
+        )  # must not hold the node: a cycle through C++ is never freed
         node.register_hook(lambda grads, _: self.collector.passed(grads))
 
 
 class Collectors:
     """The collectors of one graph, one for each tuple of parameters it was called with."""
 
-    def __init__(self, graph: Any, slots: Sequence[int], parameters: Sequence[nn.Parameter], batch: tuple[int, int, int] | None, per_example: bool) -> None:
+    def __init__(
+        self,
+        graph: Any,
+        slots: Sequence[int],
+        parameters: Sequence[nn.Parameter],
+        batch: tuple[int, int, int] | None,
+        per_example: bool,
+    ) -> None:
         self._graph, self._slots, self._batch, self._per_example = graph, tuple(slots), batch, per_example
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
@@ -256,7 +276,9 @@ class Collectors:
         per_example = None
         if self._per_example:
             examples = self._examples(args)
-            per_example = torch.zeros(len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True)
+            per_example = torch.zeros(
+                len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True
+            )
         return Call(collector, per_example)
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
@@ -272,7 +294,7 @@ class Collectors:
         n = len(self._slots)
         assert mode is not None
         leaf = torch.zeros(2, n, dtype=self._dtype, device=self._device, requires_grad=True)
-        leaves = [mode.from_tensor(leaf, static_shapes=True)]
+        leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
         if self._per_example:
             examples = self._examples(inputs)
             with mode:
@@ -399,8 +421,8 @@ def measurements(model: nn.Module) -> list[Measurement]:
     columns = iter(() if found.values is None else found.values.unbind(1))
     rows = []
     for name, parameter, refusal in zip(found.names, found.parameters, found.refusals, strict=True):
-        column = next(columns).unbind() if refusal is None else (None, None)
-        rows.append(Measurement(name, parameter, *column, refusal))
+        sq_norm, examples = next(columns).unbind() if refusal is None else (None, None)
+        rows.append(Measurement(name, parameter, sq_norm, examples, refusal))
     return rows
 
 

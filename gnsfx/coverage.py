@@ -27,9 +27,7 @@ NEVER_CALLED = (
     "no compiled graph uses it and it has no gradient: no forward pass reached it since it was added to the model, "
     "or its module is not called"
 )
-ELSEWHERE = (
-    'it gets its gradient from eager code or from a graph compiled with another backend; compile the module that uses it with backend="gns"'
-)
+ELSEWHERE = 'it gets its gradient from eager code or from a graph compiled with another backend; compile the module that uses it with backend="gns"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,10 @@ class Coverage(Sequence[Row]):
     def __str__(self) -> str:
         header = ("parameter", "shape", "status", "operation", "path", "reason")
         notes: dict[str, str] = {}
-        cells = [(r.name, format_shape(r.shape), r.status, r.operation, r.path, footnote(r.reason, notes)) for r in self._rows]
+        cells = [
+            (r.name, format_shape(r.shape), r.status, r.operation, r.path, footnote(r.reason, notes))
+            for r in self._rows
+        ]
         summary = ", ".join(f"{n} {status}" for status, n in self.counts().items()) or "no parameters"
         return "\n".join([align([header, *cells]), *(f"{mark} {reason}" for reason, mark in notes.items()), summary])
 
@@ -110,7 +111,9 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
         return Row(name, shape, status, operation, " | ".join(paths), reason)
     if (left_out := collector.left_out(parameter)) is not None:
         return Row(name, shape, "unused", reason=left_out)
-    return Row(name, shape, "not compiled", reason=everything or (NEVER_CALLED if parameter.grad is None else ELSEWHERE))
+    return Row(
+        name, shape, "not compiled", reason=everything or (NEVER_CALLED if parameter.grad is None else ELSEWHERE)
+    )
 
 
 _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused", "not compiled")

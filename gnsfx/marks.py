@@ -34,7 +34,9 @@ def mark_batch(tensor: Tensor, dim: int | None = 0) -> Tensor:
         raise GnsError(f"mark_batch takes a tensor, not {type(tensor).__name__}.")
     if dim is not None:
         if not -tensor.dim() <= dim < tensor.dim():
-            raise GnsError(f"mark_batch(dim={dim}): the tensor has {tensor.dim()} dimensions, shape {list(tensor.shape)}.")
+            raise GnsError(
+                f"mark_batch(dim={dim}): the tensor has {tensor.dim()} dimensions, shape {list(tensor.shape)}."
+            )
         dim %= tensor.dim()
     _marks[tensor] = dim
     return tensor

@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,8 +209,11 @@ class NoiseScale:
 
     @property
     def coverage_share(self) -> float:
-        """Share of the numbers with a gradient that the last step measured, from 0 to 1."""
-        return self._state.share(self._read().excluded) if self._state else 0.0
+        """Share of the trainable numbers that the last step measured, from 0 to 1.
+
+        Parameters without a gradient in that step are not counted as missing: there was nothing to measure.
+        """
+        return self._state.share({*self._read().excluded, *self._state.unselected}) if self._state else 0.0
 
     def by_parameter(self) -> dict[str, GroupStats]:
         """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer."""
@@ -331,6 +334,7 @@ class _State:
 
     parameters: dict[str, nn.Parameter]
     excluded: dict[str, str]  # name -> reason: has a gradient, but the last step could not measure it
+    unselected: set[str]  # has a gradient, and the user chose not to measure it
     sums: Tensor  # [3, P]
     refused: Tensor  # [P], of the last step
     counts: Tensor  # [len(_Counts)]
@@ -356,9 +360,10 @@ class _State:
                 stats[name] = GroupStats(tr_sigma / freedom, g_sq / freedom, 1, parameter.numel())
         return _Reading(stats, excluded, _Counts(*map(int, flat[4 * size :])), _total(stats.values()))
 
-    def share(self, excluded: Mapping[str, str]) -> float:
+    def share(self, left_out: Iterable[str]) -> float:
+        """Share of the numbers outside ``left_out``."""
         total = sum(parameter.numel() for parameter in self.parameters.values())
-        return 1 - sum(self.parameters[name].numel() for name in excluded) / max(total, 1)
+        return 1 - sum(self.parameters[name].numel() for name in left_out) / max(total, 1)
 
     def coverage_text(self, excluded: Mapping[str, str]) -> str:
         return (
@@ -376,16 +381,18 @@ def _track(state: _State | None, found: collector.Totals, half_life: float | Non
         # MPS has no float64; there the sums are as good as the norms.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         new = torch.zeros(3, len(parameters), device=device, dtype=dtype)
-        state = _State(parameters, {}, new, new[0], new.new_zeros(5), new.new_full((), half_life or 0.0))
+        state = _State(parameters, {}, set(), new, new[0], new.new_zeros(5), new.new_full((), half_life or 0.0))
     elif parameters.keys() != state.parameters.keys():
         columns = dict(zip(state.parameters, state.sums.unbind(1), strict=True))
         state.sums = torch.stack([columns.get(name, state.sums.new_zeros(3)) for name in parameters], dim=1)
     state.parameters = parameters
-    state.excluded = {
+    gaps = {
         name: reason
         for name, reason in zip(found.names, found.refusals, strict=True)
         if reason is not None and parameters[name].grad is not None
     }
+    state.unselected = {name for name in gaps if collector.left_out(parameters[name]) is not None}
+    state.excluded = {name: reason for name, reason in gaps.items() if name not in state.unselected}
     return state
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """Weight gradient of a convolution together with the squared norms of its per-example parts.
 
     grad_output [B, R, O, *out], input [B, R, C, *in], weight [O, C/groups, *kernel]

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """What each way to a gradient and its per-example norms costs, from shapes alone, and which is cheapest.
 
 Every ``*_paths`` function returns TOTAL costs: the ordinary gradient of the parameter (one matrix multiply, one

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """grad = sum_b x_b^T g_b together with s_b = ||x_b^T g_b||_F^2, the products passing through one small buffer.
 
     x [B, E, T, I], g [B, E, T, O]  ->  grad [E, I, O], sq_norms [B]

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """The ops that gnsfx puts into a graph, as ``torch.ops.gnsfx.*``: schemas, fake kernels and implementations.
 
 They enter a joint graph after autograd has run, so none has a derivative. Letters: B examples, E independent

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """How the ops cut their work into cache-sized pieces: pure functions of shapes, shared with the cost model.
 
 A per-example product [I, O] is written once and read twice (square, add), so on a CPU it should never leave the cache,

@@ -86,7 +86,10 @@ def attach_collectors(graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node
     like = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     with emit.at(graph.output_node()):
         missing = {s for node, s in sq_norms if node is None}
-        constants = {s: emit(aten.full.default, [emit.size(examples)], 0.0 if s == "unused" else REFUSED, **like) for s in missing}
+        constants = {
+            s: emit(aten.full.default, [emit.size(examples)], 0.0 if s == "unused" else REFUSED, **like)
+            for s in missing
+        }
         parts = [node if node is not None else constants[s] for node, s in sq_norms]
         stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
         sums = emit(aten.sum.dim_IntList, stacked, [1])
@@ -99,5 +102,3 @@ def attach_collectors(graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node
             constant = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
             constant.meta["partitioner_tag"] = "is_forward"
         probe.replace_all_uses_with(constant)
-
-

@@ -23,7 +23,7 @@ def signature(graph: Graph) -> Signature:
 def check_graph(graph: Graph, before: Signature) -> None:
     """Raises GraphError naming the first output or node that breaks the contract."""
     for position, (old, new) in enumerate(zip(before, signature(graph), strict=True)):
-        if (old is None) != (new is None) or old is not None and new is not None and not _same(old, new):
+        if (old is None) != (new is None) or (old is not None and new is not None and not _same(old, new)):
             raise GraphError(f"rewriting changed output {position} of the joint graph from {old} to {new}.")
     for node in graph.nodes:
         if node.op != "call_function":

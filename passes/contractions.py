@@ -67,7 +67,7 @@ class Matmul(Contraction):
     def sizes(self, examples: Size) -> tuple[int, int, int, int, int]:
         """B, E, T, I, O as concrete hints."""
         shape = self.node.meta["val"].shape
-        E, (I, O) = (shape[0] if len(shape) == 3 else 1), shape[-2:]  # noqa: E741
+        E, (I, O) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
         B = size_hint(examples)
         rows = self.x.node.meta["val"].shape[self.x.state.dim]
         return B, size_hint(E), max(size_hint(rows) // max(B, 1), 1), size_hint(I), size_hint(O)
@@ -83,7 +83,7 @@ class Matmul(Contraction):
         x, g = self.x.split(emit), self.g.split(emit)
         if x.meta["val"].dim() == 3:
             return emit(aten.bmm.default, x, g)
-        (B, E, I, _), O = emit.shape(x), emit.shape(g)[-1]  # noqa: E741
+        (B, E, I, _), O = emit.shape(x), emit.shape(g)[-1]
         flat = [emit.view(f, [B * E, *emit.shape(f)[2:]]) for f in (x, g)]
         return emit.view(emit(aten.bmm.default, *flat), [B, E, I, O])
 
@@ -277,7 +277,11 @@ def embedding_contraction(node: Node, states: States) -> Contraction | None:
     return Lookup(node, build, op["num_weights"])
 
 
-@contraction(*overloads("aten.index_put.default", "aten._unsafe_index_put.default", "aten._unsafe_masked_index_put_accumulate.default"))
+@contraction(
+    *overloads(
+        "aten.index_put.default", "aten._unsafe_index_put.default", "aten._unsafe_masked_index_put_accumulate.default"
+    )
+)
 def index_put_contraction(node: Node, states: States) -> Contraction | None:
     """Leading dimensions indexed by batched or shared indices, values batched inside the index dimensions."""
     op = arguments(node)
@@ -302,7 +306,9 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
         for index, size in zip(layout.nodes, sizes, strict=True):
             if mask is None:  # index_put takes negative indices
                 size_ = emit.size(size)
-                index = emit(aten.where.self, emit(aten.lt.Scalar, index, 0), emit(aten.add.Tensor, index, size_), index)
+                index = emit(
+                    aten.where.self, emit(aten.lt.Scalar, index, 0), emit(aten.add.Tensor, index, size_), index
+                )
             row = index if row is None else emit(aten.add.Tensor, emit(aten.mul.Tensor, row, emit.size(size)), index)
         assert row is not None
         row = emit(aten.expand.default, row, [emit.size(s) for s in layout.shape])
@@ -319,8 +325,14 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
 
 
 def _nonzero(table: Node) -> bool:
-    zero = table.target in (aten.full.default, aten.full_like.default, aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
-    return not zero or (table.target in (aten.full.default, aten.full_like.default) and table.args[1] != 0)
+    zero = table.target in (
+        aten.full.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.zeros.default,
+        aten.zeros_like.default,
+    )
+    return not zero or bool(table.target in (aten.full.default, aten.full_like.default) and table.args[1] != 0)
 
 
 def _flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tuple[Node, Node]:
@@ -330,9 +342,9 @@ def _flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> t
     if keep is not None:
         zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False)
         g = emit(aten.where.self, keep, g, zero)
-        none = emit(aten.full.default, [], 0, dtype=ids.meta["val"].dtype, device=ids.meta["val"].device, pin_memory=False)
+        none = emit(
+            aten.full.default, [], 0, dtype=ids.meta["val"].dtype, device=ids.meta["val"].device, pin_memory=False
+        )
         row = emit.view(keep, [*emit.shape(ids)])
         ids = emit(aten.where.self, row, ids, none)
     return emit.view(ids, [shape[0], T]), emit.view(g, [shape[0], T, D])
-
-

@@ -1,8 +1,8 @@
 """Writing nodes into a joint graph: metadata, symbolic sizes, and the two layouts every measurement starts from.
 
-    split    (..., outer*B*inner, ...)      -> (B, ..., outer*inner, ...)     the example axis in front
-    square   (B, ...)                       -> (B,)                           in fp32, or fp64 for fp64
-    lift     f(partial, shared)             -> (B, ...)                       f applied to each example, by vmap
+split    (..., outer*B*inner, ...)      -> (B, ..., outer*inner, ...)     the example axis in front
+square   (B, ...)                       -> (B,)                           in fp32, or fp64 for fp64
+lift     f(partial, shared)             -> (B, ...)                       f applied to each example, by vmap
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _trilinear(i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1) -> Any:
+def _trilinear(
+    i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1
+) -> Any:
     for dims, position in ((expand1, 0), (expand2, 1), (expand3, 2)):
         for dim in sorted(dims):
             i1, i2, i3 = (t.unsqueeze(dim) if i == position else t for i, t in enumerate((i1, i2, i3)))
@@ -56,7 +58,10 @@ class Emitter:
     def __init__(self, graph: Graph, examples: Size) -> None:
         self.graph, self.examples = graph, examples
         values = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        self.fake_mode = detect_fake_mode(values)
+        mode = detect_fake_mode(values)
+        if mode is None:
+            raise GraphError("the joint graph has no fake tensors; expected AOTAutograd of torch >= 2.11.")
+        self.fake_mode = mode
         self._sizes: dict[Any, Node] = {}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         for node in graph.nodes:
@@ -173,14 +178,16 @@ class Emitter:
         dims = list(range(1, node.meta["val"].dim()))
         return self(aten.sum.dim_IntList, squares, dims) if dims else squares
 
-    def lift(self, node: Node, per_example: Mapping[Node, Node], scaled: Mapping[Node, Node], index: int | None = None) -> Node:
+    def lift(
+        self, node: Node, per_example: Mapping[Node, Node], scaled: Mapping[Node, Node], index: int | None = None
+    ) -> Node:
         """``node`` with each argument of ``per_example`` replaced by its (B, ...) version, by ``torch.func.vmap``.
 
         ``scaled`` replaces shared terms (each example owns 1/B of them); ``index`` picks one of several results.
         """
         target: Any = node.target
         flat, spec = tree_flatten((node.args, node.kwargs))
-        nodes = [a for a in dict.fromkeys(a for a in flat if isinstance(a, Node))]
+        nodes = list(dict.fromkeys(a for a in flat if isinstance(a, Node)))
         sources = [per_example.get(n, scaled.get(n, n)) for n in nodes]
         in_dims = tuple(0 if n in per_example else None for n in nodes)
         position = {n: i for i, n in enumerate(nodes)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gnsfx._torch import GradAOTOutput, PlainAOTInput, TangentAOTInput
+from gnsfx._torch import GradAOTOutput, PlainAOTInput, PlainAOTOutput, TangentAOTInput
 from gnsfx.errors import GraphError
 
 
@@ -18,6 +18,7 @@ class JointGraph:
 
     Attributes:
         tangents: tangent placeholder -> the forward output that it is the tangent of (None where it is not in the graph).
+        results: position in the captured graph's results -> node; mutated buffers come before them among the outputs.
         backward: the nodes that depend on a tangent.
     """
 
@@ -25,6 +26,7 @@ class JointGraph:
     inputs: dict[int, Node] = field(default_factory=dict)
     grads: dict[int, Node] = field(default_factory=dict)
     tangents: dict[Node, Node | None] = field(default_factory=dict)
+    results: dict[int, Node] = field(default_factory=dict)
     backward: set[Node] = field(default_factory=set)
 
     @property
@@ -40,7 +42,9 @@ def read_joint_graph(graph: Graph) -> JointGraph:
     descriptors = output.meta.get("desc")
     if descriptors is None or len(descriptors) != len(flat):
         raise GraphError("the joint graph has no output descriptors; expected AOTAutograd of torch >= 2.11.")
-    by_descriptor = {d: node for d, node in zip(descriptors, flat, strict=True) if d is not None and isinstance(node, Node)}
+    by_descriptor = {
+        d: node for d, node in zip(descriptors, flat, strict=True) if d is not None and isinstance(node, Node)
+    }
     for node in graph.nodes:
         if node.op != "placeholder":
             if any(a in view.backward for a in node.all_input_nodes):
@@ -52,6 +56,7 @@ def read_joint_graph(graph: Graph) -> JointGraph:
         elif isinstance(descriptor, TangentAOTInput):
             view.tangents[node] = by_descriptor.get(descriptor.output)
             view.backward.add(node)
+    view.results = {d.idx: node for d, node in by_descriptor.items() if isinstance(d, PlainAOTOutput)}
     for descriptor, node in by_descriptor.items():
         if isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
             view.grads[descriptor.grad_of.idx] = node

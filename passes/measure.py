@@ -142,7 +142,9 @@ class Measurer:
             record.path, record.costs = "convolution", self.planner.convolution(found).costs
             record.sq_norm = self._convolution(found)
         else:
-            record.path = "reduction" if isinstance(found, Reduction) or found.operation.startswith("convolution") else "lift"
+            record.path = "lift"
+            if isinstance(found, (Reduction, BiasReduction)):
+                record.path, record.costs = "reduction", self.planner.reduction(found).costs
             with self.emit.at(found.node):
                 record.sq_norm = self.emit.square(self._stack(found.node))
         self._singles.setdefault(found.node, replace(record))
@@ -170,7 +172,7 @@ class Measurer:
                 record.sq_norm = emit(operator.getitem, both, 1)
                 self._replace(node, emit(operator.getitem, both, 0))
             else:
-                (B, E, T, I), O = emit.shape(x), emit.shape(g)[-1]  # noqa: E741
+                (B, E, T, I), O = emit.shape(x), emit.shape(g)[-1]
                 left = emit.view(emit.permute(x, [0, 1, 3, 2]), [B * E, I, T])
                 stack = emit.view(emit(aten.bmm.default, left, emit.view(g, [B * E, T, O])), [B, E, I, O])
                 self._stacks[node] = emit.view(stack, [B, *emit.shape(node)])
@@ -213,6 +215,7 @@ class Measurer:
             looked = [self._looked_up(t, dtype) for t in lookups]
             ids, rows = (self._concatenate([p[i] for p in looked], 1) for i in (0, 1)) if looked else (None, None)
             record.operation = " + ".join(t.contraction.operation for t in terms)
+            parts: list[Node] = []
             if ids is None:
                 assert x is not None and g is not None
             elif x is None or g is None:
@@ -225,8 +228,9 @@ class Measurer:
                     return record
                 parts = [self.emit(ops.embedding_sq_norm.default, ids, rows)]
                 parts.append(self.emit(aten.mul.Tensor, self.emit(ops.tied_cross.default, ids, rows, *squeezed), 2.0))
-        if ids is not None:
+        if parts:
             return self._tied(record, matmuls[0], parts)
+        assert x is not None and g is not None
         choice = self.planner.factors(x, g, self.emit)
         self._matmul(record, choice, root, x, g)
         return record
@@ -271,7 +275,9 @@ class Measurer:
             with emit.at(node):
                 stack = found.materialise(emit)
                 self._stacks[node] = stack
-                summed = isinstance(found, (Reduction, BiasReduction)) or isinstance(found, Matmul) and not rounds(node)
+                summed = isinstance(found, (Reduction, BiasReduction)) or (
+                    isinstance(found, Matmul) and not rounds(node)
+                )
                 if summed:
                     self._replace_by_sum(node, stack)
             return stack
@@ -281,7 +287,8 @@ class Measurer:
         partial = {a: self._stack(a) for a in inputs if isinstance(self.states[a], Partial)}
         with emit.at(node):
             shared = {a: self._share(a) for a in self._joint(source, partial)}
-            stack = emit.lift(source, partial, shared, node.args[1] if source is not node else None)
+            index: Any = node.args[1] if source is not node else None
+            stack = emit.lift(source, partial, shared, index)
         self._stacks[node] = stack
         return stack
 
@@ -289,10 +296,19 @@ class Measurer:
         """Shared terms added to a partial one: every example owns 1/B of them."""
         additive = ("self", "other", "tensors", "src", "values")
         bound = arguments(node)
-        names = {k for k, v in bound.items() for a in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(a, Node) and a in partial}
+        names = {
+            k
+            for k, v in bound.items()
+            for a in (v if isinstance(v, (list, tuple)) else [v])
+            if isinstance(a, Node) and a in partial
+        }
         group = next(g for g in LINEAR[node.target] if names <= g)
-        terms = [a for k in group if k in additive for a in (bound[k] if isinstance(bound[k], (list, tuple)) else [bound[k]])]
-        return [a for a in terms if isinstance(a, Node) and a not in partial and isinstance(a.meta.get("val"), torch.Tensor)]
+        terms = [
+            a for k in group if k in additive for a in (bound[k] if isinstance(bound[k], (list, tuple)) else [bound[k]])
+        ]
+        return [
+            a for a in terms if isinstance(a, Node) and a not in partial and isinstance(a.meta.get("val"), torch.Tensor)
+        ]
 
     def _share(self, node: Node) -> Node:
         if not node.meta["val"].dtype.is_floating_point and not node.meta["val"].dtype.is_complex:
@@ -314,16 +330,33 @@ class Measurer:
         layout = Layout(Op(leaf, self.states, self.emit.examples, True), op["indices"])
         zeros = table.target is aten.full.default and table.args[1] == 0
         shape = (*layout.shape, *self.emit.shape(table)[1:])
-        exact = len(shape) == values.meta["val"].dim() and all(known(a == b) for a, b in zip(shape, self.emit.shape(values), strict=True))
-        if layout.where != [0] or layout.masks or not zeros or not exact or not isinstance(self.states[values], Partial):
+        exact = len(shape) == values.meta["val"].dim() and all(
+            known(a == b) for a, b in zip(shape, self.emit.shape(values), strict=True)
+        )
+        if (
+            layout.where != [0]
+            or layout.masks
+            or not zeros
+            or not exact
+            or not isinstance(self.states[values], Partial)
+        ):
             return None
         emit, index = self.emit, layout.nodes[0]
         g = self._stack(values)
         width = len(layout.shape)
         if op.get("mask") is not None:
-            zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False)
+            zero = emit(
+                aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False
+            )
             g = emit(aten.where.self, op["mask"], g, zero)
-            none = emit(aten.full.default, [], 0, dtype=index.meta["val"].dtype, device=index.meta["val"].device, pin_memory=False)
+            none = emit(
+                aten.full.default,
+                [],
+                0,
+                dtype=index.meta["val"].dtype,
+                device=index.meta["val"].device,
+                pin_memory=False,
+            )
             index = emit(aten.where.self, emit.view(op["mask"], list(layout.shape)), index, none)
         T = D = 1
         for size in layout.shape:
@@ -335,7 +368,11 @@ class Measurer:
 
     def _scaled(self, node: Node | None, scale: float, squared: bool = True) -> Node:
         assert node is not None
-        return node if abs(scale) == 1.0 and (squared or scale == 1.0) else self.emit(aten.mul.Tensor, node, scale * scale if squared else scale)
+        return (
+            node
+            if abs(scale) == 1.0 and (squared or scale == 1.0)
+            else self.emit(aten.mul.Tensor, node, scale * scale if squared else scale)
+        )
 
     def _replace_by_sum(self, node: Node, stack: Node) -> None:
         dtype = accumulate_dtype(node.meta["val"].dtype)
@@ -349,5 +386,3 @@ class Measurer:
         """Let ``value`` be the gradient in place of ``node``, with its dtype and shape."""
         value = self.emit.view(self.emit.cast(value, node.meta["val"].dtype), self.emit.shape(node))
         self._replacements.append((node, value))
-
-

@@ -1,10 +1,10 @@
 """The ordered list of what happens to a joint graph.
 
-    read_joint_graph    which node is which input, tangent, gradient
-    propagate           where the example is in every node
-    measure             for each parameter: s_b on the cheapest path, or a refusal with a reason
-    attach_collectors   the norms become the gradient of the collector leaf
-    check_graph         outputs and gradients keep their meaning
+read_joint_graph    which node is which input, tangent, gradient
+propagate           where the example is in every node
+measure             for each parameter: s_b on the cheapest path, or a refusal with a reason
+attach_collectors   the norms become the gradient of the collector leaf
+check_graph         outputs and gradients keep their meaning
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     states = propagate(view, plan.states, examples)
     if keep_text:
         report.before = print_graph(graph, states)
-    report.outputs = [states.get(n) for n in view.output.args[0]]  # type: ignore[union-attr, arg-type]
+    results = [view.results.get(i) for i in range(max(view.results, default=-1) + 1)]
+    report.outputs = [states.get(n) if n is not None else None for n in results]
     emit = Emitter(graph, examples)
     measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
     for index in plan.slots:
@@ -103,5 +104,3 @@ def print_graph(graph: Graph, states: dict) -> str:
             args = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
             lines.append(f"{node.name} = {node.target}({args}): {shape}  # {state}")
     return "\n".join(lines)
-
-

@@ -49,7 +49,9 @@ def propagate(view: JointGraph, inputs: Mapping[int, State], examples: Size) -> 
         if node.op == "call_function" and "seq_nr" in node.meta:
             regions[node.meta["seq_nr"]].append(node)
     for tangent, output in view.tangents.items():
-        states[tangent] = states[output] if output in states else Mixed("the tangent of an output that is not in the graph", tangent)
+        states[tangent] = (
+            states[output] if output in states else Mixed("the tangent of an output that is not in the graph", tangent)
+        )
     for node in view.graph.nodes:
         if node in view.backward and node not in view.tangents:
             _visit(node, states, examples, view, regions)
@@ -64,7 +66,8 @@ def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions
     if node.target is operator.getitem:
         source = states.get(node.args[0])  # type: ignore[arg-type]
         if isinstance(node.meta.get("val"), torch.Tensor):
-            states[node] = source[node.args[1]] if isinstance(source, tuple) else source or Shared()
+            index: Any = node.args[1]
+            states[node] = source[index] if isinstance(source, tuple) else source or Shared()
         return
     value = node.meta.get("val")
     if not isinstance(value, (torch.Tensor, tuple, list)):
@@ -113,7 +116,10 @@ def _linear(node: Node, states: States) -> State:
                 return Mixed(state.doubt, node)
     if batched:
         return Mixed(COUPLED, node)
-    affine = node.target in (torch.ops.aten.add.Scalar, torch.ops.aten.sub.Scalar) or bound.get("value") not in (None, 0)
+    affine = node.target in (torch.ops.aten.add.Scalar, torch.ops.aten.sub.Scalar) or bound.get("value") not in (
+        None,
+        0,
+    )
     if affine or not any(partial <= group for group in LINEAR[node.target]):
         return Mixed(f"{node.target} is not linear in a gradient that is already summed over the batch", node)
     return Partial()
@@ -138,7 +144,9 @@ def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, 
     kinds = [s for s in same if isinstance(s, (Batched, Mixed))]
     if same and len(kinds) == len(same):
         first = kinds[0]
-        if isinstance(first, Mixed) or all(isinstance(s, Batched) and s.dim == first.dim and same_fold(s, first) for s in kinds):
+        if isinstance(first, Mixed) or all(
+            isinstance(s, Batched) and s.dim == first.dim and same_fold(s, first) for s in kinds
+        ):
             return first
     if same and not kinds:
         return state
@@ -151,5 +159,3 @@ def tensors_of(node: Node) -> list[Node]:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(known(x == y) for x, y in zip(a.shape, b.shape, strict=True))
-
-

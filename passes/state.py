@@ -85,7 +85,7 @@ def divides(divisor: Size, value: Size) -> bool:
     """Whether ``divisor`` is known to divide ``value``, for symbolic sizes too; never adds a guard."""
     if known(divisor == value) or known(divisor == 1):
         return True
-    return known(divisor != 0) and known(value % divisor == 0)
+    return known(divisor != 0) and known(value % divisor == 0)  # pyright: ignore[reportOperatorIssue]
 
 
 def quotient(value: Size, divisor: Size) -> Size:

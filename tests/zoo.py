@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,17 @@ def ids(vocabulary: int, *shape: int) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-1).view_as(targets).sum(1)
+    return (
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-1)
+        .view_as(targets)
+        .sum(1)
+    )
 
 
 class MLP(nn.Module):
     def __init__(self, *widths: int, bias: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -69,7 +74,9 @@ def mlp_4d_batch_equals_everything() -> Case:
 class GPT(nn.Module):
     """GPT-2 style: learned positions, pre-norm blocks, fused qkv, tied head."""
 
-    def __init__(self, V: int = 11, T: int = 6, D: int = 8, H: int = 2, layers: int = 2, tied: bool = True, ckpt: bool = False) -> None:
+    def __init__(
+        self, V: int = 11, T: int = 6, D: int = 8, H: int = 2, layers: int = 2, tied: bool = True, ckpt: bool = False
+    ) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
         self.blocks = nn.ModuleList(GPTBlock(D, H) for _ in range(layers))
@@ -166,7 +173,11 @@ class LlamaLayer(nn.Module):
         self.n1, self.n2, self.H, self.G = RMSNorm(D), RMSNorm(D), H, G
         self.q, self.k = nn.Linear(D, D, bias=False), nn.Linear(D, D * G // H, bias=False)
         self.v, self.o = nn.Linear(D, D * G // H, bias=False), nn.Linear(D, D, bias=False)
-        self.gate, self.up, self.down = nn.Linear(D, 12, bias=False), nn.Linear(D, 12, bias=False), nn.Linear(12, D, bias=False)
+        self.gate, self.up, self.down = (
+            nn.Linear(D, 12, bias=False),
+            nn.Linear(D, 12, bias=False),
+            nn.Linear(12, D, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B_, T, D = x.shape
@@ -255,7 +266,9 @@ def convnet() -> Case:
 
 @case
 def convnet_channels_last() -> Case:
-    return ConvNet().double().to(memory_format=torch.channels_last), on(floats(B, 3, 9, 9).to(memory_format=torch.channels_last))
+    return ConvNet().double().to(memory_format=torch.channels_last), on(
+        floats(B, 3, 9, 9).to(memory_format=torch.channels_last)
+    )
 
 
 class Conv13(nn.Module):

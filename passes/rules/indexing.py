@@ -1,9 +1,9 @@
 """Gathers, scatters and lookups.
 
-    table[ids], ids (B, T)                       index batched -> batched(0)
-    x[arange(B), position]                       each example picks in itself -> batched(0)
-    table.index_put(ids, g, accumulate=True)     backward of a lookup -> partial
-    x[permutation]                               examples are picked by the index -> mixed
+table[ids], ids (B, T)                       index batched -> batched(0)
+x[arange(B), position]                       each example picks in itself -> batched(0)
+table.index_put(ids, g, accumulate=True)     backward of a lookup -> partial
+x[permutation]                               examples are picked by the index -> mixed
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ def own_index(op: Op, node: Node, state: Batched) -> Batched | None:
     if node.target in (aten.arange.default, aten.arange.start_step):
         plain = node.target is aten.arange.default or (node.args[0] == 0 and (len(node.args) < 3 or node.args[2] == 1))
         return state.at(0) if plain and known(node.meta["val"].shape[0] == rows(state, op.examples)) else None
-    if node.target in (aten.view.default, aten.unsqueeze.default, aten.expand.default, aten.clone.default, prims.convert_element_type.default):
+    if node.target in (
+        aten.view.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.clone.default,
+        prims.convert_element_type.default,
+    ):
         source = node.args[0]
         assert isinstance(source, Node)
         found = own_index(op, source, state)
@@ -79,7 +85,9 @@ def own_index(op: Op, node: Node, state: Batched) -> Batched | None:
     return None
 
 
-@rule(*overloads("aten.index.Tensor", "aten._unsafe_index.Tensor", "aten._unsafe_masked_index.default"), linear=["self"])
+@rule(
+    *overloads("aten.index.Tensor", "aten._unsafe_index.Tensor", "aten._unsafe_masked_index.default"), linear=["self"]
+)
 def index_rule(op: Op) -> State:
     layout, own = Layout(op, op["indices"]), op.state("self")
     nodes = layout.nodes + ([op["mask"]] if "mask" in op.args else [])
@@ -94,9 +102,13 @@ def index_rule(op: Op) -> State:
     if not isinstance(own, Batched):
         return index.at(layout.start + index.dim) if isinstance(index, Batched) else Shared()
     if own.dim not in layout.where:
-        return op.mixed("an index that depends on the example over a dimension beside the batch") if isinstance(index, Batched) else own.at(layout.outside(own.dim))
+        return (
+            op.mixed("an index that depends on the example over a dimension beside the batch")
+            if isinstance(index, Batched)
+            else own.at(layout.outside(own.dim))
+        )
     axis = own_axis(op, layout, own)
-    if axis is None or isinstance(index, Batched) and (index.dim != axis or not same_fold(index, own)):
+    if axis is None or (isinstance(index, Batched) and (index.dim != axis or not same_fold(index, own))):
         return op.mixed(PICKED)
     return own.at(layout.start + axis)
 
@@ -134,13 +146,19 @@ def index_put_rule(op: Op) -> State:
     beside = layout.inside(written.dim, ndim)
     if beside is not None:  # the examples lie along a dimension that is not indexed
         here = written.at(beside)
-        return op.mixed(PICKED) if isinstance(own, Batched) and (own.dim != beside or not same_fold(own, here)) else here
+        return (
+            op.mixed(PICKED) if isinstance(own, Batched) and (own.dim != beside or not same_fold(own, here)) else here
+        )
     for position in layout.where:
         candidate = written.at(position)
         axis = own_axis(op, layout, candidate)
         if axis is not None and layout.start + axis == written.dim:
-            fits = not isinstance(own, Batched) or own.dim == position and same_fold(own, candidate)
-            return candidate if fits and known(op.shape("self")[position] == rows(candidate, op.examples)) else op.mixed(PICKED)
+            fits = not isinstance(own, Batched) or (own.dim == position and same_fold(own, candidate))
+            return (
+                candidate
+                if fits and known(op.shape("self")[position] == rows(candidate, op.examples))
+                else op.mixed(PICKED)
+            )
     if isinstance(own, Batched):
         return op.mixed(PICKED)
     if not op.args.get("accumulate", True):
@@ -175,7 +193,9 @@ def scatter_rule(op: Op) -> State:
         return op.mixed("the examples lie along different dimensions of index and source")
     if first.dim != dim:
         sizes = [op.shape(n)[first.dim] for n in names]
-        return first if all(known(s == sizes[0]) for s in sizes) else op.mixed("scatters into some examples of the batch")
+        return (
+            first if all(known(s == sizes[0]) for s in sizes) else op.mixed("scatters into some examples of the batch")
+        )
     adds = "scatter_add" in str(op.node.target) or op.args.get("reduce") in ("sum", "add")
     return op.contracted() if adds and "self" not in batched else op.mixed("several examples may write the same row")
 

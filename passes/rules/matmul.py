@@ -1,8 +1,8 @@
 """Matrix products.
 
-    (B*T, I) @ (I, O)                      rows batched -> batched(0)
-    (I, B*T) @ (B*T, O), backward          both contracted over the examples -> partial: the weight gradient
-    (B, D) @ (D, B)                        examples meet other examples -> mixed (in-batch negatives)
+(B*T, I) @ (I, O)                      rows batched -> batched(0)
+(I, B*T) @ (B*T, O), backward          both contracted over the examples -> partial: the weight gradient
+(B, D) @ (D, B)                        examples meet other examples -> mixed (in-batch negatives)
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ def addmm_rule(op: Op) -> State:
     state = Shared() if shared else matmul_state(op, left, right)
     bias = op.state("self")
     if not isinstance(bias, Batched):
-        return state if isinstance(state, (Batched, Shared)) else op.mixed("adds to a weight gradient inside a matrix product")
+        return (
+            state
+            if isinstance(state, (Batched, Shared))
+            else op.mixed("adds to a weight gradient inside a matrix product")
+        )
     here = bias.at(bias.dim + len(op.shape()) - len(op.shape("self")))
     if isinstance(state, Batched) and (state.dim != here.dim or not same_fold(state, here)):
         return op.mixed("adds values whose examples lie along different dimensions")
     return state if isinstance(state, Batched) else here if shared else op.mixed(CROSS)
-
-
 
 
 @rule(*overloads("aten._trilinear.default"), linear=["i1", "i2", "i3"])

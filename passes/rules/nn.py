@@ -1,7 +1,7 @@
 """Convolution, pooling, resampling, normalisation, attention and Fourier transforms: ops whose leading dimensions are independent.
 
-    convolution_backward((B, O, ...), (B, C, ...))  -> batched(0), partial, partial
-    scaled_dot_product_attention of (B, H, T, D)    -> batched(0), logsumexp batched(0), random state shared
+convolution_backward((B, O, ...), (B, C, ...))  -> batched(0), partial, partial
+scaled_dot_product_attention of (B, H, T, D)    -> batched(0), logsumexp batched(0), random state shared
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def outputs(op: Op, state: State) -> State | tuple[State, ...]:
 
     def of(v: object) -> State:
         shape = tuple(getattr(v, "shape", ()))
-        fits = isinstance(state, Batched) and len(shape) > state.dim and known(shape[state.dim] == rows(state, op.examples))
+        fits = (
+            isinstance(state, Batched)
+            and len(shape) > state.dim
+            and known(shape[state.dim] == rows(state, op.examples))
+        )
         return state if fits or not isinstance(state, Batched) else Shared()
 
     return tuple(of(v) for v in value)
@@ -80,7 +84,9 @@ SPATIAL = overloads(*(f"aten.{name}" for name in (
     "replication_pad3d.default", "replication_pad3d_backward.default",
     "_unsafe_upsample_nearest2d.default",
 )))  # fmt: skip
-SPATIAL += overloads("prims._low_memory_max_pool_with_offsets.default", "prims._low_memory_max_pool_offsets_to_indices.default")
+SPATIAL += overloads(
+    "prims._low_memory_max_pool_with_offsets.default", "prims._low_memory_max_pool_offsets_to_indices.default"
+)
 
 
 @rule(*SPATIAL, linear=[])
@@ -104,7 +110,7 @@ def first_dimension_rule(op: Op) -> State | tuple[State, ...]:
 
 @rule(*overloads("aten.native_layer_norm.default", "aten._fused_rms_norm.default"))
 def layer_norm_rule(op: Op) -> State | tuple[State, ...]:
-    if op.batched("weight") or "bias" in op.args and op.batched("bias"):
+    if op.batched("weight") or ("bias" in op.args and op.batched("bias")):
         return (op.mixed("normalises with a scale that depends on the example"),) * len(op.node.meta["val"])
     return outputs(op, leading(op, ["input"], below=len(op.shape("input")) - len(op["normalized_shape"])))
 

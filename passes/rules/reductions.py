@@ -1,9 +1,9 @@
 """Reductions and scans.
 
-    sum over T of (B, T, D)                batched(0) -> batched(0)
-    sum over B of (B, D), backward         batched(0) -> partial: a weight-gradient contraction
-    mean over B, forward                   batched(0) -> shared: a statistic, until a gradient is broadcast back
-    cumsum, sort, softmax along B          mixed: every example meets every other
+sum over T of (B, T, D)                batched(0) -> batched(0)
+sum over B of (B, D), backward         batched(0) -> partial: a weight-gradient contraction
+mean over B, forward                   batched(0) -> shared: a statistic, until a gradient is broadcast back
+cumsum, sort, softmax along B          mixed: every example meets every other
 """
 
 from __future__ import annotations

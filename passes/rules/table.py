@@ -74,7 +74,9 @@ class Op:
         if not isinstance(state, Batched):
             return state
         found = reshape(state, self.shape(name), self.shape(), self.examples)
-        return found or self.mixed(f"a reshape from {list(self.shape(name))} to {list(self.shape())} splits the examples")
+        return found or self.mixed(
+            f"a reshape from {list(self.shape(name))} to {list(self.shape())} splits the examples"
+        )
 
     def contracted(self) -> State:
         """The examples are summed here: a weight-gradient contraction in the backward, a statistic in the forward."""

@@ -1,9 +1,9 @@
 """Views, permutations, slices, concatenation and padding.
 
-    (B, T, D) -> (B*T, D)                  batched(0) -> batched(0, inner=T)
-    (B, T, H*d) -> (B, H, T, d)            batched(0) -> batched(0)
-    cat([x1, x2]) of two (B, D)            batched(0) -> batched(0, outer=2)
-    x[0], x[:2], flip or roll along B      mixed: examples are picked out or moved
+(B, T, D) -> (B*T, D)                  batched(0) -> batched(0, inner=T)
+(B, T, H*d) -> (B, H, T, d)            batched(0) -> batched(0)
+cat([x1, x2]) of two (B, D)            batched(0) -> batched(0, outer=2)
+x[0], x[:2], flip or roll along B      mixed: examples are picked out or moved
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def slice_rule(op: Op) -> State:
     if state.dim != dim or known(op.shape("self")[dim] == op.shape()[dim]):
         return state
     block = op.examples * state.inner
-    start, length = op["start"] or 0, op.shape()[dim]
-    start = start.meta["val"] if hasattr(start, "meta") else start
+    start, length = fake(op["start"] or 0), op.shape()[dim]
     if not known(start >= 0):
         start = start + op.shape("self")[dim]
     whole = known(op["step"] == 1) and divides(block, length) and (known(start == 0) or divides(block, start))
@@ -85,7 +84,12 @@ def select_rule(op: Op) -> State:
     return op.mixed(NOT_SPLIT) if state.dim == dim else state.at(state.dim - (dim < state.dim))
 
 
-@rule(*overloads("aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int", "aten.split_with_sizes_copy.default"), linear=["self"])
+@rule(
+    *overloads(
+        "aten.split.Tensor", "aten.split_with_sizes.default", "aten.unbind.int", "aten.split_with_sizes_copy.default"
+    ),
+    linear=["self"],
+)
 def split_rule(op: Op) -> tuple[State, ...]:
     state, dim = op.state("self"), op.dim(op["dim"])
     assert isinstance(state, Batched)
@@ -97,7 +101,9 @@ def split_rule(op: Op) -> tuple[State, ...]:
         return (state,) * len(parts)
     block = op.examples * state.inner
     return tuple(
-        Batched(dim, quotient(part.shape[dim], block), state.inner) if divides(block, part.shape[dim]) else op.mixed(NOT_SPLIT)
+        Batched(dim, quotient(part.shape[dim], block), state.inner)
+        if divides(block, part.shape[dim])
+        else op.mixed(NOT_SPLIT)
         for part in parts
     )
 
@@ -111,7 +117,9 @@ def cat_rule(op: Op) -> State:
     if any(s.dim != first.dim for s in batched):
         return op.mixed("concatenates values whose examples lie along different dimensions")
     if first.dim != dim:
-        return first if all(same_fold(s, first) for s in batched) else op.mixed("concatenates values folded differently")
+        return (
+            first if all(same_fold(s, first) for s in batched) else op.mixed("concatenates values folded differently")
+        )
     if len(batched) < len(states):
         return op.mixed("concatenates the examples with rows that belong to none")
     if not all(known(s.inner == first.inner) for s in batched):
@@ -160,7 +168,10 @@ def unfold_rule(op: Op) -> State:
     return op.mixed("takes windows along the batch dimension") if state.dim == op.dim(op["dimension"]) else state
 
 
-@rule(*overloads("aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default"), linear=["self src"])
+@rule(
+    *overloads("aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default"),
+    linear=["self src"],
+)
 def scatter_view_rule(op: Op) -> State:
     """Backward of slice, select and diagonal: ``src`` is written into a copy of ``self``."""
     target = str(op.node.target)
@@ -177,10 +188,16 @@ def scatter_view_rule(op: Op) -> State:
         return op.mixed("writes into a diagonal through the batch dimension")
     if isinstance(own, Batched) and back is not None and (own.dim != back.dim or not same_fold(own, back)):
         whole = own.dim == back.dim and own.dim in dims
-        return own if whole and known(own.inner == back.inner) and _whole_blocks(op, own) else op.mixed("writes into rows of other examples")
+        return (
+            own
+            if whole and known(own.inner == back.inner) and _whole_blocks(op, own)
+            else op.mixed("writes into rows of other examples")
+        )
     found = own if isinstance(own, Batched) else back
     assert found is not None
-    if found.dim not in dims or known(op.shape("self")[found.dim] == op.shape("src")[found.dim] if "slice" in target else False):
+    if found.dim not in dims or known(
+        op.shape("self")[found.dim] == op.shape("src")[found.dim] if "slice" in target else False
+    ):
         return found
     if "slice" not in target:
         return op.mixed("writes into one example of the batch")
@@ -194,10 +211,13 @@ def scatter_view_rule(op: Op) -> State:
 
 
 def _whole_blocks(op: Op, state: Batched) -> bool:
-    start = op["start"] or 0
-    start = start.meta["val"] if hasattr(start, "meta") else start
+    start = fake(op["start"] or 0)
     block = op.examples * state.inner
-    return known(op["step"] == 1) and divides(block, op.shape("src")[state.dim]) and (known(start == 0) or divides(block, start))
+    return (
+        known(op["step"] == 1)
+        and divides(block, op.shape("src")[state.dim])
+        and (known(start == 0) or divides(block, start))
+    )
 
 
 @rule(*overloads("aten.as_strided.default", "aten.as_strided_copy.default"))
@@ -243,7 +263,11 @@ def _matching(value: Any, sizes: Any, strides: Any) -> list[int] | None:
         if known(fake(size) == 1):
             found.append(-1)
             continue
-        same = [d for d in here if known(value.shape[d] == fake(size)) and known(value.stride(d) == fake(stride)) and d not in found]
+        same = [
+            d
+            for d in here
+            if known(value.shape[d] == fake(size)) and known(value.stride(d) == fake(stride)) and d not in found
+        ]
         if len(same) != 1:
             return None
         found.append(same[0])

@@ -201,9 +201,7 @@ def test_a_step_that_is_not_finite_is_left_out(source, model, bad):
     model.zero_grad()
     source.backward(model, *data(8, 1))
     noise.step()
-    with pytest.warns(
-        GnsWarning, match=r"1 of 3 steps were left out .* NaN or infinite; noise\.skipped counts them"
-    ):
+    with pytest.warns(GnsWarning, match=r"1 of 3 steps were left out .* NaN or infinite; noise\.skipped counts them"):
         assert noise.b_simple == pytest.approx(clean.b_simple)
     assert (noise.skipped, noise.steps, noise.examples) == (1, 3, 16)  # and no second warning
 
@@ -276,14 +274,21 @@ def test_a_refusal_known_to_the_compiled_graph_only(source, model):
     source.sq_norm = {name: torch.tensor(-math.inf) for name in ("1.weight", "1.bias")}
     source.backward(model, *data(8))  # nothing added to -inf brings it back
     noise.step()
-    with pytest.warns(
-        GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight: refused; 1\.bias: refused\. See"
-    ):
+    with pytest.warns(GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight: refused; 1\.bias: refused\. See"):
         rows = noise.by_parameter()
     expected = reference.by_parameter()
     assert set(rows) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert rows["0.weight"].tr_sigma == pytest.approx(expected["0.weight"].tr_sigma)
     assert (noise.skipped, noise.coverage_share) == (0, pytest.approx(32 / 42))
+
+
+def test_what_the_user_left_out_is_no_reason_to_warn(source, model, monkeypatch):
+    monkeypatch.setattr(collector, "left_out", lambda parameter: "not selected" if parameter.ndim > 1 else None)
+    source.refused = dict.fromkeys(("0.weight", "2.weight"), "no compiled graph measures it")
+    noise = NoiseScale(model)
+    next(run(source, model, noise, [8]))
+    assert set(noise.by_parameter()) == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    assert noise.coverage_share == pytest.approx(17 / 42)
 
 
 def test_a_parameter_without_gradient_is_no_gap(source, model):

@@ -208,14 +208,18 @@ class Regularised(nn.Module):
         self.a, self.free = nn.Linear(4, 3), nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        penalty = (self.a.weight + self.a.bias[:, None]).square().sum() + (self.free @ self.free.T - torch.eye(5)).square().sum()
+        penalty = (self.a.weight + self.a.bias[:, None]).square().sum() + (
+            self.free @ self.free.T - torch.eye(5)
+        ).square().sum()
         return self.a(x).sin().sum() + 0.1 * penalty
 
 
 def test_a_term_of_no_example_belongs_to_all_alike() -> None:
     model, x = Regularised().double(), zoo.floats(6, 4)
     assert refusals(model, lambda m: m(x)) == {}
-    penalty = (model.a.weight + model.a.bias[:, None]).square().sum() + (model.free @ model.free.T - torch.eye(5)).square().sum()
+    penalty = (model.a.weight + model.a.bias[:, None]).square().sum() + (
+        model.free @ model.free.T - torch.eye(5)
+    ).square().sum()
     losses = model.a(x).sin().sum(1) + 0.1 * penalty / 6
     truth = oracle.per_example_sq_norms(model, losses, torch.ones_like(losses))
     assert oracle.names_beyond(collector.per_example_sq_norms(model), truth, oracle.tolerance(torch.float64)) == []

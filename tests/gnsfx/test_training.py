@@ -55,7 +55,9 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulation_with_smaller_and_shorter_batches(model: nn.Module, compiled: nn.Module, set_to_none: bool) -> None:
+def test_accumulation_with_smaller_and_shorter_batches(
+    model: nn.Module, compiled: nn.Module, set_to_none: bool
+) -> None:
     calls = [batch(), batch(), batch(3, 5), batch(2, 4)]
     for _ in range(2):
         model.zero_grad(set_to_none)
@@ -86,7 +88,10 @@ def test_two_forwards_then_two_backwards(model: nn.Module, compiled: nn.Module) 
 def test_one_backward_through_two_forwards_is_refused_until_zeroed(model: nn.Module, compiled: nn.Module) -> None:
     call = batch()
     (call(compiled).mean() + call(compiled).mean()).backward()
-    assert all(m.refusal and "one backward" in m.refusal or "no compiled graph" in (m.refusal or "") for m in collector.measurements(model))
+    assert all(
+        (m.refusal and "one backward" in m.refusal) or "no compiled graph" in (m.refusal or "")
+        for m in collector.measurements(model)
+    )
     model.zero_grad()
     call(compiled).mean().backward()
     agree(model, truth(model, call))
@@ -117,7 +122,7 @@ def test_autograd_grad_fills_nothing_and_spoils_nothing(model: nn.Module, compil
     agree(model, truth(model, call))
     model.zero_grad()
     torch.autograd.grad(call(compiled).mean(), list(model.parameters()))
-    with pytest.raises(NotMeasuredError, match="autograd.grad"):
+    with pytest.raises(NotMeasuredError, match=r"autograd\.grad"):
         gnsfx.sq_norms(model)
 
 
@@ -266,7 +271,10 @@ assert {row.status for row in coverage(model)} == {"measured"}
 @pytest.mark.slow
 def test_a_second_process_hits_the_compile_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    outputs = [subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    outputs = [
+        subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
     (cold, first), (warm, second) = (o.split(maxsplit=1) for o in outputs)
     assert (cold, warm) == ("1", "0")
     assert first == second

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """The cost model: consistent, monotone, and near the best path on shapes that were really timed."""
 
 import math

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """Every op against its reference in fp64, elementwise, within the rounding that its dtype makes unavoidable."""
 
 from collections.abc import Iterator

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """What the ops promise beyond their values: accuracy of the gradient, memory, fake kernels, torch.compile, imports."""
 
 import gc

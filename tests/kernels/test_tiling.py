@@ -1,4 +1,3 @@
-# ruff: noqa: E741 -- I and O are letters of the vocabulary
 """Tiles cover their problem, hold what they may, and the convolution method is what the table in its docstring says."""
 
 import math

@@ -1,0 +1,463 @@
+"""What was done to a model's graphs: the table of parameters with the cost of every path, and the graphs before and after.
+
+    explain(model, *args)   captures the forward pass afresh, on these inputs      --trace, rewrite-->  Explanation
+    explain(model)          takes the graphs that training has already compiled    --trace, rewrite-->  Explanation
+
+No code is generated. Training does not notice: buffers, parameters, random numbers, collectors and compiled graphs are
+afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from gnsfx import _torch, backend, collector
+from gnsfx.capture import read_capture, trains
+from gnsfx.config import Options, split_options
+from gnsfx.coverage import FROZEN, Row, align, coverage, footnote, format_shape
+from gnsfx.errors import GnsError
+from gnsfx.kernels.cost import MACHINES, Cost, seconds
+from gnsfx.passes.measure import Record
+from gnsfx.passes.pipeline import Report
+
+HEADER = ("parameter", "shape", "rank", "operation", "path", "FLOPs", "bytes", "memory", "time", "why")
+NUMBERS = (2, 5, 6, 7, 8)
+LEGEND = (
+    "* the path taken. Each path includes the gradient itself; `plain` is that gradient without norms. memory: what a path allocates beyond it. "
+    "time: modelled, not measured; as a multiple of plain where that is known."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One parameter in one graph. ``dtype`` and ``device`` (a device type) are the parameter's."""
+
+    name: str
+    record: Record
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def taken(self) -> str:
+        """The key of the path taken among ``record.costs``; empty where no cost was modelled."""
+        last = self.record.path.rsplit(", ", 1)[-1]
+        return last if last in self.record.costs else ""
+
+    def relative(self, path: str) -> float | None:
+        """Modelled time of a path as a multiple of the plain gradient's."""
+        plain = self.record.costs.get("plain")
+        return None if plain is None else self._seconds(self.record.costs[path]) / self._seconds(plain)
+
+    def _seconds(self, cost: Cost) -> float:
+        return seconds(cost, MACHINES.get(self.device, MACHINES["cuda"]), self.dtype)
+
+    def lines(self, notes: dict[str, str]) -> Iterator[tuple[str, ...]]:
+        """Cells under ``HEADER``: the parameter with the path taken, then every candidate."""
+        record = self.record
+        start = (self.name, format_shape(record.shape), str(len(record.shape)), record.operation)
+        why = self._why()
+        if not record.costs:
+            yield (*start, _mark(record.path or record.status, record.path), "", "", "", "", footnote(why, notes))
+            return
+        for path, cost in record.costs.items():
+            relative = self.relative(path)
+            time = _count(self._seconds(cost), ("s", "ms", "us"), 1e-3) if relative is None else f"{relative:.2f}x"
+            flops, traffic = cost.flops + cost.accumulate_flops, cost.bytes + cost.cache_bytes
+            numbers = (_count(flops, ("", "k", "M", "G", "T")), _size(traffic), _size(cost.memory), time)
+            label = _mark(record.path if path == self.taken else path, path == self.taken)
+            yield (*start, label, *numbers, footnote(why, notes) if path == self.taken else "")
+            start = ("", "", "", "")
+
+    def _why(self) -> str:
+        record = self.record
+        if record.status != "measured":
+            return f"{record.status}: {record.reason}"
+        others = [p for p in record.costs if p not in ("plain", self.taken)]
+        quicker = (
+            [p for p in others if self._seconds(record.costs[p]) < self._seconds(record.costs[self.taken])]
+            if self.taken
+            else []
+        )
+        if not others:
+            chosen = "the only path"
+        elif quicker:
+            chosen = f"forced, or {' and '.join(quicker)} above the memory cap"
+        else:
+            chosen = "least time"
+        return f"{chosen}; {record.reason}" if record.reason else chosen
+
+
+@dataclass(frozen=True, slots=True)
+class GraphExplanation:
+    """One captured graph.
+
+    Attributes:
+        parameters: those that it measures, or refuses to.
+        before, after: the joint graph as text, a line for each node: name, op, arguments, dtype and shape, state.
+        plan: in words, where the number of examples is read off.
+    """
+
+    parameters: tuple[Explained, ...]
+    before: str
+    after: str
+    plan: str
+
+    @property
+    def diff(self) -> str:
+        """Unified diff from ``before`` to ``after``."""
+        return "\n".join(
+            difflib.unified_diff(self.before.splitlines(), self.after.splitlines(), "before", "after", lineterm="")
+        )
+
+    @property
+    def op_counts(self) -> dict[str, int]:
+        """Op -> how many more of it there are after the rewrite; negative where there are fewer. Equal counts are left out."""
+        before, after = _ops(self.before), _ops(self.after)
+        return {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was done to all graphs of a model.
+
+    Attributes:
+        graphs: one entry per captured graph that has parameters to measure.
+        others: rows of the parameters in none of them, with the reason.
+    """
+
+    graphs: tuple[GraphExplanation, ...]
+    others: tuple[Row, ...]
+
+    @property
+    def table(self) -> str:
+        """Parameters with shape, operation and every candidate path: FLOPs, bytes, memory, time; the one taken marked by ``*``."""
+        notes: dict[str, str] = {}
+        lines = [HEADER]
+        for graph in self.graphs:
+            for explained in graph.parameters:
+                lines.extend(explained.lines(notes))
+        for row in self.others:
+            why = footnote(f"{row.status}: {row.reason}", notes)
+            lines.append((row.name, format_shape(row.shape), str(len(row.shape)), "", row.status, "", "", "", "", why))
+        return "\n".join([align(lines, NUMBERS), *(f"{mark} {reason}" for reason, mark in notes.items()), LEGEND])
+
+    @property
+    def before(self) -> str:
+        """The joint graphs as AOTAutograd traced them."""
+        return self._joined([g.before for g in self.graphs])
+
+    @property
+    def after(self) -> str:
+        """The joint graphs as they go to the inner compiler."""
+        return self._joined([g.after for g in self.graphs])
+
+    @property
+    def diff(self) -> str:
+        """Unified diff from ``before`` to ``after``."""
+        return self._joined([g.diff for g in self.graphs])
+
+    def _joined(self, texts: list[str]) -> str:
+        if len(texts) == 1:
+            return texts[0]
+        return "\n\n".join(f"# graph {i} of {len(texts)}\n{text}" for i, text in enumerate(texts, 1))
+
+    @property
+    def summary(self) -> str:
+        """Which ops the rewrite added and removed, a line per graph."""
+        lines = []
+        for i, graph in enumerate(self.graphs, 1):
+            change = ", ".join(f"{n:+d} {op}" for op, n in graph.op_counts.items()) or "none"
+            lines.append(
+                f"graph {i} of {len(self.graphs)} ({graph.plan}): {_nodes(graph.before)} -> {_nodes(graph.after)} ops; {change}"
+            )
+        return "\n".join(lines) or "no graph with parameters to measure"
+
+    def __str__(self) -> str:
+        return f"{self.table}\n\n{self.summary}"
+
+    def __repr__(self) -> str:
+        return f"Explanation({len(self.graphs)} graphs, {sum(len(g.parameters) for g in self.graphs)} parameters)"
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page: table, summary, and for each graph the diff and the graph before and after.
+
+        Returns:
+            The path written to.
+
+        Raises:
+            GnsError: the file cannot be written.
+        """
+        target = Path(path)
+        try:
+            target.write_text(_page(self), encoding="utf-8")
+        except OSError as error:
+            raise GnsError(
+                f"cannot write the explanation to {str(target)!r}: {error.strerror or error}. Pass a path to a file in an existing, writable folder."
+            ) from error
+        return target
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Show how ``model`` is measured: the path taken for each parameter, what the others would cost, the graphs rewritten.
+
+    With inputs, ``model(*args, **kwargs)`` runs once, forward only, and is captured afresh with the options of the
+    compiled model (the defaults if it is not compiled); that needs memory for a copy of its parameters and buffers.
+    Without inputs, the graphs that it has already compiled are traced again.
+
+    Args:
+        model: a compiled module, one compiled in place, or an ordinary one.
+        args, kwargs: inputs of its forward pass.
+
+    Raises:
+        GnsError: no inputs, and no graph was compiled yet.
+    """
+    if args or kwargs:
+        graphs, names = _captured(model, args, kwargs), {id(p): n for n, p in model.named_parameters()}
+        explained = tuple(_explain_graph(g, [names.get(id(p), "?") for p in g.parameters]) for g in graphs)
+        return Explanation(explained, tuple(_others(model, {id(p) for g in graphs for p in g.parameters})))
+    return _explain_compiled(model)
+
+
+# ---------------------------------------------------------------------------------------------- graphs already compiled
+
+
+def _explain_compiled(model: nn.Module) -> Explanation:
+    names = {p: n for n, p in model.named_parameters()}
+    found: dict[Any, list[str]] = {}
+    for owner in collector.compiled(model):
+        live = [r() for r in owner.parameters]
+        found.setdefault(owner.graph, [names.get(p, "?") if p is not None else "?" for p in live])
+    if not found:
+        raise GnsError(
+            f"nothing to explain: {collector.diagnose(model)} Or pass the inputs of a forward pass: gnsfx.explain(model, *args)."
+        )
+    graphs = tuple(_explain_graph(graph, named) for graph, named in found.items())
+    shown = {e.name for g in graphs for e in g.parameters}
+    return Explanation(graphs, tuple(row for row in coverage(model) if row.name not in shown))
+
+
+def _explain_graph(graph: backend.CapturedGraph, names: Sequence[str]) -> GraphExplanation:
+    report: Report = backend.trace(graph, keep_text=True)
+    parameters = []
+    for name, record, position in zip(names, report.records, graph.capture.plan.slots, strict=True):
+        value = graph._fake_inputs[position]
+        parameters.append(Explained(name, record, value.dtype, value.device.type))
+    return GraphExplanation(tuple(parameters), report.before, report.after, _plan_in_words(graph))
+
+
+def _plan_in_words(graph: backend.CapturedGraph) -> str:
+    plan = graph.capture.plan
+    if plan.batch is None:
+        return "no batch dimension"
+    index, dim, *fold = plan.batch
+    source = _torch.sources_of(graph._original)[index]
+    name = getattr(source, "name", f"input {index}")
+    size = _torch.size_hint(graph._fake_inputs[index].shape[dim]) // (fold[0] if fold else 1)
+    return f"{size} examples along dimension {dim} of {name() if callable(name) else name}"
+
+
+# ------------------------------------------------------------------------------------------------------ a fresh capture
+
+
+class TracedGraph(backend.CapturedGraph):
+    """Runs the captured graph as it is, so that the graphs behind a graph break get their inputs."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], options: Options) -> None:
+        capture = read_capture(gm, inputs, options)
+        super().__init__(gm, inputs, capture, options)
+        self.parameters = [inputs[i] for i in capture.plan.slots]
+
+    def __call__(self, *args: Any) -> Any:
+        results = self._original(*args)
+        self.record_results(results)
+        return results
+
+
+def _captured(model: nn.Module, args: Any, kwargs: Any) -> list[TracedGraph]:
+    options = options_of(model)
+    graphs: list[TracedGraph] = []
+
+    def capture(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        if not trains(inputs) or not read_capture(gm, inputs, options).plan.slots:
+            return gm.forward
+        graphs.append(TracedGraph(gm, inputs, options))
+        return graphs[-1]
+
+    run = model if is_compiled(model) else torch.compile(model)
+    with unchanged(model), _torch.private_graphs(capture), torch.enable_grad():
+        run(*args, **kwargs)
+    return graphs
+
+
+def _others(model: nn.Module, seen: set[int]) -> Iterator[Row]:
+    for name, parameter in model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        shape = tuple(parameter.shape)
+        if not parameter.requires_grad:
+            yield Row(name, shape, "unused", reason=FROZEN)
+        else:
+            yield Row(name, shape, "not compiled", reason="not selected by gns.params, or no captured graph uses it")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calling the model, or a module in it, goes through ``torch.compile``."""
+    return any(
+        isinstance(m, _torch.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+
+
+def options_of(model: nn.Module) -> Options:
+    """The ``gns.*`` options the model was compiled with, the defaults where that cannot be told."""
+    for owner in collector.compiled(model):
+        return owner.graph.options
+    for module in model.modules():
+        if (given := _torch.options_of(module)) is not None:
+            return split_options(given)[0]
+    return Options()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass does to parameters, buffers, attributes of modules and random numbers.
+
+    What did not change is not written to: a backward pass that is still to come may have saved it.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [(t, t.detach().clone()) for t in tensors]
+    modules = [
+        (m, dict(vars(m)), {k: dict(vars(m)[k]) for k in ("_parameters", "_buffers", "_modules")})
+        for m in model.modules()
+    ]
+    devices = sorted({t.device.index for t in tensors if t.is_cuda})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+        for module, attributes, registered in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, entries in registered.items():
+                vars(module)[key].clear()
+                vars(module)[key].update(entries)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # batch_norm writes without counting a version
+                    tensor.copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _mark(label: str, taken: Any) -> str:
+    return f"* {label}" if taken else f"  {label}"
+
+
+def _count(value: float, units: Sequence[str], step: float = 1e3) -> str:
+    """Three digits and a unit; ``units`` go up by ``step``, or down where it is below one."""
+    unit = 0
+    while unit < len(units) - 1 and (value >= step if step > 1 else 0 < value < 1):
+        value, unit = value / step, unit + 1
+    return f"{value:.3g} {units[unit]}".rstrip()
+
+
+def _size(value: float) -> str:
+    return _count(value, ("B", "KiB", "MiB", "GiB", "TiB"), 1024) if value else "0"
+
+
+def _ops(text: str) -> Counter[str]:
+    calls = (line.split(" = ", 1)[1] for line in text.splitlines() if " = " in line and not line.startswith("return "))
+    return Counter(call.split("(", 1)[0].replace("<built-in function getitem>", "getitem") for call in calls)
+
+
+def _nodes(text: str) -> int:
+    return sum(_ops(text).values())
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 100rem; padding: 0 1rem; color: #1b1f24; background: #fff; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .7rem; border-bottom: 1px solid #e3e6ea; vertical-align: top; white-space: nowrap; }
+td.wrap { white-space: normal; min-width: 20rem; }
+td.number, th.number { text-align: right; }
+tr.taken td.path { font-weight: 600; }
+tr.refused td { background: #fff3f0; }
+pre { overflow-x: auto; padding: .8rem; background: #f6f8fa; font-size: 12px; line-height: 1.4; }
+pre .add { background: #dafbe1; display: block; } pre .del { background: #ffebe9; display: block; } pre .hunk { color: #57606a; display: block; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e8eb; background: #14171a; } th, td { border-color: #33383e; } pre { background: #1d2125; }
+  tr.refused td { background: #3a1e1a; } pre .add { background: #12361f; } pre .del { background: #45191a; } pre .hunk { color: #9aa4ae; }
+}
+"""
+
+
+def _page(explanation: Explanation) -> str:
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        f"<title>gnsfx: how the model is measured</title><style>{_STYLE}</style></head><body>",
+        f"<h1>How the model is measured</h1><p>{html.escape(LEGEND)}</p>",
+        _html_table(explanation),
+        f"<h2>Operations</h2><pre>{html.escape(explanation.summary)}</pre>",
+    ]
+    for i, graph in enumerate(explanation.graphs, 1):
+        parts.append(f"<h2>Graph {i} of {len(explanation.graphs)}: {html.escape(graph.plan)}</h2>")
+        parts.append(f"<details open><summary>Difference</summary><pre>{_html_diff(graph.diff)}</pre></details>")
+        for title, text in (("Before", graph.before), ("After", graph.after)):
+            parts.append(f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>")
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _html_table(explanation: Explanation) -> str:
+    rows = [_html_row(HEADER, "th")]
+    for graph in explanation.graphs:
+        for explained in graph.parameters:
+            notes: _Whole = _Whole()
+            for cells in explained.lines(notes):
+                kind = (
+                    "refused" if explained.record.status == "refused" else "taken" if cells[4].startswith("*") else ""
+                )
+                rows.append(_html_row(cells, "td", kind))
+    for row in explanation.others:
+        cells = (row.name, format_shape(row.shape), str(len(row.shape)), "", row.status, "", "", "", "", row.reason)
+        rows.append(_html_row(cells, "td"))
+    return f"<table>{''.join(rows)}</table>"
+
+
+class _Whole(dict[str, str]):
+    """Footnotes of a table whose cells wrap: none."""
+
+    def setdefault(self, key: str, default: str = "") -> str:  # type: ignore[override]
+        return key
+
+
+def _html_row(cells: Sequence[str], tag: str, kind: str = "") -> str:
+    classes = dict.fromkeys(NUMBERS, "number") | {4: "path", 9: "wrap"}
+    inner = "".join(f"<{tag} class='{classes.get(i, '')}'>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells))
+    return f"<tr class='{kind}'>{inner}</tr>"
+
+
+def _html_diff(diff: str) -> str:
+    return "".join(_html_diff_lines(diff.splitlines()))
+
+
+def _html_diff_lines(lines: Iterable[str]) -> Iterator[str]:
+    kinds = {"+": "add", "-": "del", "@": "hunk"}
+    for line in lines:
+        kind = "hunk" if line.startswith(("+++", "---")) else kinds.get(line[:1], "")
+        text = html.escape(line)
+        yield f"<span class='{kind}'>{text}</span>" if kind else f"{text}\n"
