@@ -57,9 +57,11 @@ def compile(
         "path": path,
         "memory": memory,
     }
-    merged = {**(options or {}), **{f"gns.{k}": v for k, v in ours.items() if v is not None}}
+    given = {f"gns.{k}": v for k, v in ours.items() if v is not None}
+    # torch.compile takes a mode or options, not both; a mode is nothing but options
+    merged = {**_patches(mode, dict(options or {})), **given}
     split_options(merged)
-    return torch.compile(model, backend="gns", mode=mode, options=merged, **kwargs)  # type: ignore[call-overload]
+    return torch.compile(model, backend="gns", options=merged, **kwargs)  # type: ignore[call-overload]
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def embedding_backward_rule(op: Op) -> State:
     g, ids = op.state("grad_output"), op.state("indices")
     if isinstance(g, Batched) and isinstance(ids, Batched) and not (g.dim == ids.dim and same_fold(g, ids)):
         return op.mixed("the examples lie along different dimensions of indices and gradient")
+    if isinstance(g, Batched) and g.dim == len(op.shape("grad_output")) - 1:
+        return g.at(1)  # the width is batched, not the rows
     if op["scale_grad_by_freq"]:
         return op.mixed("scale_grad_by_freq divides by how often an index occurs in the whole batch")
     return op.contracted()
@@ -180,9 +182,10 @@ def gather_rule(op: Op) -> State:
     return found
 
 
-SCATTERS = overloads("aten.scatter.src", "aten.scatter.value", "aten.scatter_add.default", "aten.scatter_reduce.two")
+SCATTERS = overloads("aten.scatter.src", "aten.scatter.value", "aten.scatter_add.default")
 
 
+@rule(*overloads("aten.scatter_reduce.two"))  # some of its reductions are not linear
 @rule(*SCATTERS, linear=["self src"])
 def scatter_rule(op: Op) -> State:
     dim = op.dim(op["dim"])

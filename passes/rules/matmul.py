@@ -11,6 +11,7 @@ from gnsfx.passes.rules.table import Op, overloads, rule
 from gnsfx.passes.state import Batched, Shared, State, same_fold
 
 CROSS = "a matrix product of examples with other examples (in-batch negatives, attention across the batch)"
+FOLDED = "a matrix product of values folded differently"
 
 
 def matmul_state(op: Op, left: str, right: str) -> State:
@@ -20,7 +21,7 @@ def matmul_state(op: Op, left: str, right: str) -> State:
     at_a = a.dim - lead if isinstance(a, Batched) else None  # 0 rows, 1 contracted, negative: leading
     at_b = b.dim - lead if isinstance(b, Batched) else None  # 0 contracted, 1 columns
     if isinstance(a, Batched) and isinstance(b, Batched) and not same_fold(a, b):
-        return op.mixed("a matrix product of values folded differently")
+        return op.mixed(FOLDED)
     if at_a is None:
         assert isinstance(b, Batched)
         return op.contracted() if at_b == 0 else b
@@ -37,8 +38,12 @@ def mm_rule(op: Op) -> State:
     return matmul_state(op, "self", "mat2")
 
 
-@rule(*overloads("aten.dot.default", "aten.vdot.default"), linear=["self", "other"])
+@rule(*overloads("aten.dot.default"), linear=["self", "tensor"])
+@rule(*overloads("aten.vdot.default"), linear=["self", "other"])
 def dot_rule(op: Op) -> State:
+    a, b = op.state("self"), op.state("tensor" if "tensor" in op.args else "other")
+    if isinstance(a, Batched) and isinstance(b, Batched) and not same_fold(a, b):
+        return op.mixed(FOLDED)
     return op.contracted()
 
 
@@ -47,6 +52,8 @@ def mv_rule(op: Op) -> State:
     a, b = op.state("self"), op.state("vec")
     if isinstance(a, Batched) and a.dim == 0:
         return op.mixed(CROSS) if isinstance(b, Batched) else a
+    if isinstance(a, Batched) and isinstance(b, Batched) and not same_fold(a, b):
+        return op.mixed(FOLDED)
     return op.contracted()
 
 

@@ -50,7 +50,7 @@ def outputs(op: Op, state: State) -> State | tuple[State, ...]:
     return tuple(of(v) for v in value)
 
 
-@rule(*overloads("aten.convolution.default"), linear=["input", "weight"])
+@rule(*overloads("aten.convolution.default"))  # with a bias it is not linear
 def convolution_rule(op: Op) -> State:
     if op.batched("weight", "bias"):
         return op.mixed("convolves with a weight that depends on the example")
@@ -93,7 +93,7 @@ SPATIAL += overloads(
 def spatial_rule(op: Op) -> State | tuple[State, ...]:
     """Pooling, resampling and padding of the last n dimensions; examples and channels stay apart."""
     found = re.search(r"([123])d", str(op.node.target))
-    spatial = int(found.group(1)) if found else 2
+    spatial = int(found.group(1)) if found else len(op["kernel_size"])
     state = leading(op, below=len(op.shape(tensors(op)[0])) - spatial)
     return outputs(op, state)
 
@@ -103,8 +103,11 @@ def spatial_rule(op: Op) -> State | tuple[State, ...]:
                  "aten.pixel_unshuffle.default", "aten.channel_shuffle.default", "aten._cdist_forward.default",
                  "aten._cdist_backward.default"))  # fmt: skip
 def first_dimension_rule(op: Op) -> State | tuple[State, ...]:
-    if "cdist" in str(op.node.target) and len(op.shape(tensors(op)[0])) < 3:
+    name, dims = str(op.node.target), {len(op.shape(t)) for t in tensors(op)}
+    if "cdist" in name and (min(dims) < 3 or len(dims) > 1):
         return op.mixed("distances between examples")
+    if min(dims) < (3 if "col2im" in name else 4 if "im2col" in name or "pixel" in name else 0):
+        return op.mixed("takes the examples for channels: there is no batch dimension")
     return outputs(op, leading(op))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gnsfx._torch import tree_flatten
+from gnsfx._torch import known, tree_flatten
 from gnsfx.passes.rules.table import LINEAR, Op, aligned, overloads, rule
 from gnsfx.passes.state import Shared, State
 
@@ -23,7 +23,10 @@ def tensors(op: Op) -> list[Node]:
     return [a for a in leaves if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)]
 
 
-def pointwise_rule(op: Op) -> State:
+def pointwise_rule(op: Op) -> State | tuple[State, ...]:
+    value = op.node.meta["val"]
+    if isinstance(value, (tuple, list)):  # an empty buffer carries nothing
+        return tuple(Shared() if known(v.numel() == 0) else aligned(op, tensors(op), tuple(v.shape)) for v in value)
     return aligned(op, tensors(op))
 
 
@@ -37,7 +40,7 @@ UNTAGGED = overloads(
     "aten.randint_like.default", "aten.randint_like.low_dtype", "aten.normal_functional.default", "aten.uniform.default",
     "aten.fill.Tensor", "aten.masked_fill.Tensor", "aten.polar.default", "aten.complex.default", "aten.view_as_real.default",
     "aten.view_as_complex.default", "aten.real.default", "aten.imag.default", "aten._conj.default", "aten._conj_physical.default",
-    "aten.conj_physical.default", "aten.resolve_conj.default", "aten.bucketize.Tensor", "aten._prelu_kernel.default",
+    "aten.conj_physical.default", "aten.resolve_conj.default", "aten._prelu_kernel.default",
     "aten._prelu_kernel_backward.default", "aten.where.self", "aten.rrelu_with_noise_functional.default", "aten.alias.default", "aten.detach.default",
     "aten.lift_fresh_copy.default", "aten.log_sigmoid_forward.default", "aten.log_sigmoid_backward.default",
     "aten.glu_backward.default", "prims.convert_element_type.default", "prims.fma.default", "prims.device_put.default",
@@ -47,8 +50,13 @@ UNTAGGED = [op for op in dict.fromkeys(UNTAGGED) if not is_pointwise(op) and "gl
 
 
 @rule(*[op for op in UNTAGGED if "view_as" not in str(op)])
-def untagged_rule(op: Op) -> State:
+def untagged_rule(op: Op) -> State | tuple[State, ...]:
     return pointwise_rule(op)
+
+
+@rule(*overloads("aten.bucketize.Tensor"))
+def bucketize_rule(op: Op) -> State:
+    return op.mixed("sorts values between those of the examples") if op.batched("boundaries") else op.state("self")
 
 
 @rule(*overloads("aten.view_as_real.default", "aten.view_as_complex.default"), linear=["self"])
@@ -69,7 +77,6 @@ def linear(groups: list[str], *names: str) -> None:
 
 
 linear(["self other"], "aten.add.Tensor", "aten.sub.Tensor", "aten.where.self")
-linear(["self"], "aten.add.Scalar", "aten.sub.Scalar")  # lifted only where the scalar is zero, see propagate
 linear(["self", "other"], "aten.mul.Tensor")
 linear(["self"], "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default", "aten.clone.default",
        "aten._to_copy.default", "aten.alias.default", "aten.detach.default", "aten.real.default",

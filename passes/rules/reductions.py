@@ -9,7 +9,7 @@ cumsum, sort, softmax along B          mixed: every example meets every other
 from __future__ import annotations
 
 from gnsfx.passes.rules.table import Op, overloads, rule
-from gnsfx.passes.state import Batched, Partial, State
+from gnsfx.passes.state import Batched, Partial, State, same_fold
 
 SUMS = overloads("aten.sum.dim_IntList", "aten.sum.default", "aten.mean.dim", "aten.mean.default")
 STATISTICS = overloads(
@@ -26,9 +26,15 @@ SCANS = overloads(
 )  # fmt: skip
 
 
+NONE_IS_NONE = overloads("aten.any.dims", "aten.all.dims")
+"""For every other reduction an empty list of dimensions means all of them."""
+
+
 def removed(op: Op) -> list[int]:
     """The dimensions that a reduction removes."""
     dims = op.args.get("dim")
+    if dims == [] and op.node.target in NONE_IS_NONE:
+        return []
     if dims is None or dims == []:
         return list(range(len(op.shape("self"))))
     return [op.dim(d) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
@@ -64,7 +70,7 @@ def scan_rule(op: Op) -> State | tuple[State, ...]:
     state: State = states[0]
     if states[0].dim == op.dim(op["dim"], of=name):
         state = op.mixed("runs along the batch dimension")
-    elif any(s.dim != states[0].dim for s in states):
+    elif any(s.dim != states[0].dim or not same_fold(s, states[0]) for s in states):
         state = op.mixed("the examples lie along different dimensions of two arguments")
     value = op.node.meta["val"]
     return (state,) * len(value) if isinstance(value, (tuple, list)) else state

@@ -26,6 +26,11 @@ def reshape_rule(op: Op) -> State:
     return op.reshaped()
 
 
+@rule(*overloads("prims.view_of.default"), linear=["a"])
+def view_of_rule(op: Op) -> State:
+    return op.state("a")
+
+
 @rule(*overloads("aten.view.dtype"), linear=())
 def view_dtype_rule(op: Op) -> State:
     state = op.state("self")
@@ -99,13 +104,14 @@ def split_rule(op: Op) -> tuple[State, ...]:
         return (one,) * len(parts)
     if state.dim != dim:
         return (state,) * len(parts)
-    block = op.examples * state.inner
-    return tuple(
-        Batched(dim, quotient(part.shape[dim], block), state.inner)
-        if divides(block, part.shape[dim])
-        else op.mixed(NOT_SPLIT)
-        for part in parts
-    )
+    block, start = op.examples * state.inner, 0
+    found: list[State] = []
+    for part in parts:
+        size = part.shape[dim]
+        whole = divides(block, size) and (known(start == 0) or divides(block, start))
+        found.append(Batched(dim, quotient(size, block), state.inner) if whole else op.mixed(NOT_SPLIT))
+        start = start + size
+    return tuple(found)
 
 
 @rule(*overloads("aten.cat.default"), linear=["tensors"])
@@ -131,9 +137,9 @@ def cat_rule(op: Op) -> State:
 def pad_rule(op: Op) -> State:
     state = op.state("self")
     assert isinstance(state, Batched)
-    if known(op.shape("self")[state.dim] == op.shape()[state.dim]):
-        return state
-    return op.mixed("pads the batch dimension")
+    behind = len(op.shape()) - 1 - state.dim
+    pads = op["pad"][2 * behind : 2 * behind + 2]  # one in front and one taken away keep the size
+    return state if all(known(fake(p) == 0) for p in pads) else op.mixed("pads the batch dimension")
 
 
 @rule(*overloads("aten.flip.default", "aten.roll.default"), linear=["self"])
