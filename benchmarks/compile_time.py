@@ -62,8 +62,9 @@ def main() -> None:
         return child(args.child, args.layers)
 
     times: dict[str, dict[str, list[float]]] = {state: {v: [] for v in VARIANTS} for state in ("cold", "warm")}
-    for _ in range(args.rounds):
-        for variant in VARIANTS:
+    for turn in range(args.rounds):
+        first = turn % len(VARIANTS)
+        for variant in (*VARIANTS[first:], *VARIANTS[:first]):
             with tempfile.TemporaryDirectory() as cache:
                 for state in times:
                     times[state][variant].append(measure(variant, args.layers, cache))

@@ -2,9 +2,12 @@
 
 from gnsfx.backend import compile, measuring
 from gnsfx.collector import mark_batch, per_example_sq_norms, sq_norms
+from gnsfx.coverage import coverage
 from gnsfx.errors import GnsError
+from gnsfx.explain import explain
 from gnsfx.noise_scale import NoiseScale
 from gnsfx.passes.rules import register_rule
+from gnsfx.verify import verify
 
 __version__ = "0.1.0"
 
@@ -13,9 +16,12 @@ __all__ = [
     "NoiseScale",
     "__version__",
     "compile",
+    "coverage",
+    "explain",
     "mark_batch",
     "measuring",
     "per_example_sq_norms",
     "register_rule",
     "sq_norms",
+    "verify",
 ]

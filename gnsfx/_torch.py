@@ -107,7 +107,7 @@ def private_graphs(backend: Callable[..., Any]) -> Iterator[None]:
     """
     codes: list[Any] = []
     seen = copy.deepcopy(dict(pgo.get_code_state()))
-    hook = register_bytecode_hook(lambda code, _: codes.append(code))
+    hook = register_bytecode_hook(lambda code, new_code: codes.append(code))
     try:
         with force_backend(backend), dynamo_config.patch(recompile_limit=64, accumulated_recompile_limit=1 << 16):
             yield
@@ -122,11 +122,12 @@ def private_graphs(backend: Callable[..., Any]) -> Iterator[None]:
 
 def _forget(code: Any, backend: Callable[..., Any]) -> None:
     for entry in _debug_get_cache_entry_list(code):
-        if entry.backend is not backend:
+        state = entry.guard_manager.extra_state
+        if entry.backend is not backend or state is None:
             continue
         gone = DeletedGuardManagerWrapper("gnsfx looked at the graph")
         gone.id_matched_objs = {"self": weakref.ref(_forget)}  # matches no frame, so that the entry does not count
-        entry.guard_manager.extra_state.invalidate(entry, gone)
+        state.invalidate(entry, gone)
 
 
 def options_of(model: Any) -> dict[str, Any] | None:

@@ -98,7 +98,8 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
     if not trains(example_inputs):
         return _inner_compile(gm, example_inputs, ours, patches, None)
     capture = read_capture(gm, example_inputs, ours)
-    if not capture.plan.slots:
+    between = any(isinstance(v, Tensor) and v.requires_grad and not v.is_leaf for v in example_inputs)
+    if not capture.plan.slots and not between:
         return _leaving_out(_inner_compile(gm, example_inputs, ours, patches, None), capture, ours)
     return CompiledGraph(gm, example_inputs, capture, ours, patches)
 
@@ -140,11 +141,17 @@ class CapturedGraph:
         self._fake_inputs = [v if v is not None else x for v, x in zip(values, inputs, strict=True)]
         self._report: Report | None = None
         self._refusals: dict[int, str] | None = None
+        self._apart: bool | None = None
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.collectors = Collectors(
-            self, capture.plan.slots, [inputs[i] for i in capture.plan.slots], capture.plan.batch, options.per_example
+            self,
+            capture.plan.slots,
+            [inputs[i] for i in capture.plan.slots],
+            capture.plan.batch,
+            options.per_example,
+            next(v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad),
         )
-        self._leaves = ["gns_leaf_0", "gns_leaf_1"] if options.per_example else ["gns_leaf_0"]
+        self._leaves = ["gns_leaf_0", "gns_leaf_1"][: 1 + (options.per_example and bool(capture.plan.slots))]
 
     def _keep(self, report: Report) -> None:
         self._report = report
@@ -182,9 +189,18 @@ class CapturedGraph:
 
     def refusal_of(self, slot: int, norms: Tensor | None) -> str | None:
         """Why a slot is refused. After a compile-cache hit the flags in the norms are read once, instead of tracing."""
-        if self._refusals is None and self._report is None and norms is not None and not (norms[0] == REFUSED).any():
+        if self._refusals is None and self._report is None and norms is not None and not (norms[0, :-1] == REFUSED).any():
             self._refusals = {}
         return self.refusals.get(slot)
+
+
+    def coupled(self, norms: Tensor | None) -> str | None:
+        """Why a gradient that this graph hands to an earlier one is not apart by example; None if all are."""
+        if self._report is None and self._apart is None and norms is not None:
+            self._apart = not bool(norms[0, -1] == REFUSED)  # after a compile-cache hit, once
+        if self._report is None and self._apart is not False:
+            return None
+        return self.report.coupled
 
 
 class CompiledGraph(CapturedGraph):
@@ -252,6 +268,7 @@ class RewritePass(_torch.CustomGraphPass):
             tuple(states.items()),
             plan.batch,
             plan.refusal,
+            plan.parameters,
             plan.memory,
             plan.forced,
             tuple(extra),

@@ -43,7 +43,7 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
             names[index] = parameter_name(node)
     chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i]))
     states, batch, refusal = batch_states(placeholders, inputs)
-    plan = Plan(chosen, states, batch, refusal, options.memory, options.path)
+    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path)
     return Capture(plan, names, tuple(i for i in names if i not in chosen))
 
 
@@ -155,4 +155,7 @@ def batch_states(
 
 
 def trains(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, nn.Parameter) and v.requires_grad for v in inputs)
+    """Whether there is something to measure: a trainable parameter, or an intermediate of a graph that has one."""
+    return torch.is_grad_enabled() and any(
+        isinstance(v, Tensor) and v.requires_grad and (isinstance(v, nn.Parameter) or not v.is_leaf) for v in inputs
+    )

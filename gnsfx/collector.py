@@ -36,10 +36,15 @@ TWICE_THROUGH_ONE_FORWARD = (
 NOT_COMPILED = "no compiled graph measures it"
 ZEROED = "its gradient is None: no backward pass reached it, or it was zeroed; read before optimizer.zero_grad()"
 UNREACHED = "no backward pass of a compiled graph has reached it since its gradient was last zeroed"
+DOWNSTREAM = "the examples interact in a later graph of the same model"
 FOREIGN = (
     "its gradient has a part that no compiled graph measured: it is also used in eager code, in a graph compiled with another backend, "
     "or under gnsfx.measuring(False); compile the module that contains all uses"
 )
+
+
+PRODUCER = "gnsfx"  # key in the metadata of an autograd node
+MOST_EAGER_NODES = 10_000
 
 
 def _address(tensor: Tensor) -> int:
@@ -93,10 +98,13 @@ class Tracked:
 class Collector:
     """The leaf of one graph for one tuple of parameters."""
 
-    def __init__(self, graph: Any, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    def __init__(
+        self, graph: Any, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.graph = graph
         self.parameters = [weakref.ref(p) for p in parameters]
-        self.leaf = torch.zeros(2, len(parameters), dtype=dtype, device=parameters[0].device, requires_grad=True)
+        self.leaf = torch.zeros(2, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
+        self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
         self.per_example: list[Tensor] = []
         self.refused: dict[int, str] = {}
         self.epoch = 0  # counts how often everything was zeroed
@@ -112,6 +120,18 @@ class Collector:
             tracked = _tracked.get(id(parameter)) or Tracked(parameter)
             tracked.collectors.append((self, slot))
             self.tracked.append(tracked)
+
+    def coupled(self, seen: set[Collector] | None = None) -> str | None:
+        """Why a later graph hands back gradients that are not apart by example; None if all do."""
+        seen = {self} if seen is None else seen
+        for later in self.later:
+            if later in seen:
+                continue
+            seen.add(later)
+            reason = later.graph.coupled(later.leaf.grad) or later.coupled(seen)
+            if reason is not None:
+                return reason
+        return None
 
     def _live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
         """(slot, parameter, other collectors of the parameter)."""
@@ -191,12 +211,12 @@ class Collector:
         return before[0] == id(grad) and grad._version <= before[1] + 1
 
     def clear(self, slots: Sequence[int]) -> None:
-        if not slots:
+        if not slots and self.parameters:
             return
         if self.refused:
             for slot in slots:
                 self.refused.pop(slot, None)
-        if len(slots) == len(self.parameters):
+        if len(slots) >= len(self.parameters):
             self.epoch += 1
             self.leaf.grad = None
             self.per_example.clear()
@@ -241,11 +261,29 @@ class Call:
         """``probe`` is a result of the compiled graph that nobody else sees; its node is the compiled backward."""
         node = probe.grad_fn
         assert node is not None
+        node.metadata[PRODUCER] = weakref.ref(self.collector)
         self.collector.locate(node)
         node.register_prehook(
             lambda _: self.collector.begin(self)
         )  # must not hold the node: a cycle through C++ is never freed
         node.register_hook(lambda grads, _: self.collector.passed(grads))
+
+
+def producers(tensor: Tensor) -> list[Collector]:
+    """The collectors of the compiled graphs whose results a tensor was computed from, with eager code in between."""
+    found, stack, seen = [], [tensor.grad_fn], set()
+    while stack and len(seen) < MOST_EAGER_NODES:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reference = node.metadata.get(PRODUCER)
+        collector = reference() if reference is not None else None
+        if collector is not None:
+            found.append(collector)
+        else:
+            stack += [following for following, _ in node.next_functions]
+    return found
 
 
 class Collectors:
@@ -258,20 +296,22 @@ class Collectors:
         parameters: Sequence[nn.Parameter],
         batch: tuple[int, int, int] | None,
         per_example: bool,
+        device: torch.device,
     ) -> None:
-        self._graph, self._slots, self._batch, self._per_example = graph, tuple(slots), batch, per_example
+        self._graph, self._slots, self._batch, self._per_example = graph, tuple(slots), batch, per_example and bool(slots)
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
-        self._device = parameters[0].device
+        self._device = parameters[0].device if parameters else device
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
+        self._without = {} if not parameters else None  # a graph without parameters has one collector
 
     def call(self, args: Sequence[Any]) -> Call:
         parameters = [args[i] for i in self._slots]
-        of_first = self._of.setdefault(parameters[0], {})
+        of_first = self._without if self._without is not None else self._of.setdefault(parameters[0], {})
         key = tuple(map(id, parameters))
         collector = of_first.get(key)
         if collector is None or any(r() is not p for r, p in zip(collector.parameters, parameters, strict=True)):
-            collector = of_first[key] = Collector(self._graph, parameters, self._dtype)
+            collector = of_first[key] = Collector(self._graph, parameters, self._dtype, self._device)
             self._graph.note_unselected(args)
         per_example = None
         if self._per_example:
@@ -279,6 +319,10 @@ class Collectors:
             per_example = torch.zeros(
                 len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True
             )
+        for value in args:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                for earlier in producers(value):
+                    earlier.later.add(collector)
         return Call(collector, per_example)
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
@@ -293,7 +337,7 @@ class Collectors:
         mode = detect_fake_mode(list(inputs))
         n = len(self._slots)
         assert mode is not None
-        leaf = torch.zeros(2, n, dtype=self._dtype, device=self._device, requires_grad=True)
+        leaf = torch.zeros(2, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
         leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
         if self._per_example:
             examples = self._examples(inputs)
@@ -358,7 +402,7 @@ def totals(model: nn.Module) -> Totals:
         for collector, slot in entries:
             if collector not in offsets:
                 offsets[collector] = width
-                width += len(collector.parameters)
+                width += len(collector.parameters) + 1
             columns.append(offsets[collector] + slot)
             owners.append(measured)
         measured += refusal is None
@@ -367,7 +411,9 @@ def totals(model: nn.Module) -> Totals:
     grads = [g for c in offsets if (g := c.leaf.grad) is not None]
     device, dtype = grads[0].device, max((g.dtype for g in grads), key=lambda d: d.itemsize)
     values = grads[0] if len(grads) == 1 else torch.cat([g.to(device=device, dtype=dtype) for g in grads], 1)
-    if columns != list(range(width)):
+    if columns == list(range(width - 1)):
+        values = values[:, :-1]
+    else:
         values = values.index_select(1, index(tuple(columns), device))
     if len(owners) > measured:
         values = values.new_zeros(2, measured).index_add_(1, index(tuple(owners), device), values)
@@ -410,6 +456,8 @@ def _entries(parameter: nn.Parameter) -> tuple[str | None, list[tuple[Collector,
         return FOREIGN, []
     for collector, slot in entries:
         reason = collector.refused.get(slot) or collector.graph.refusal_of(slot, collector.leaf.grad)
+        if reason is None and collector.later and (coupled := collector.coupled()) is not None:
+            reason = f"{DOWNSTREAM}: {coupled}"
         if reason is not None:
             return reason, []
     return None, entries

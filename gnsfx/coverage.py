@@ -103,8 +103,7 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
         return Row(name, shape, "unused", reason=FROZEN)
     found = [_of_graph(c, slot) for c, slot in collector.collectors_of(parameter)]
     if found:
-        merged = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
-        status, operation, path, reason = merged
+        status, operation, _, reason = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
         if status != "refused" and collector.is_foreign(parameter):
             return Row(name, shape, "refused", operation, reason=collector.FOREIGN)
         paths = dict.fromkeys(row[2] for row in found if row[2]) if status != "refused" else {}

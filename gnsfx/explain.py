@@ -42,12 +42,13 @@ LEGEND = (
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """One parameter in one graph. ``dtype`` and ``device`` (a device type) are the parameter's."""
+    """One parameter in one graph. ``dtype`` and ``device`` (a device type) are the parameter's; ``forced`` is ``gns.path``."""
 
     name: str
     record: Record
     dtype: torch.dtype
     device: str
+    forced: str = "auto"
 
     @property
     def taken(self) -> str:
@@ -92,8 +93,10 @@ class Explained:
         )
         if not others:
             chosen = "the only path"
+        elif self.taken == self.forced:
+            chosen = f"gns.path={self.forced!r}"
         elif quicker:
-            chosen = f"forced, or {' and '.join(quicker)} above the memory cap"
+            chosen = f"least time under the memory cap; {' and '.join(quicker)} would need more"
         else:
             chosen = "least time"
         return f"{chosen}; {record.reason}" if record.reason else chosen
@@ -144,7 +147,7 @@ class Explanation:
     def table(self) -> str:
         """Parameters with shape, operation and every candidate path: FLOPs, bytes, memory, time; the one taken marked by ``*``."""
         notes: dict[str, str] = {}
-        lines = [HEADER]
+        lines: list[tuple[str, ...]] = [HEADER]
         for graph in self.graphs:
             for explained in graph.parameters:
                 lines.extend(explained.lines(notes))
@@ -253,7 +256,7 @@ def _explain_graph(graph: backend.CapturedGraph, names: Sequence[str]) -> GraphE
     parameters = []
     for name, record, position in zip(names, report.records, graph.capture.plan.slots, strict=True):
         value = graph._fake_inputs[position]
-        parameters.append(Explained(name, record, value.dtype, value.device.type))
+        parameters.append(Explained(name, record, value.dtype, value.device.type, graph.capture.plan.forced))
     return GraphExplanation(tuple(parameters), report.before, report.after, _plan_in_words(graph))
 
 

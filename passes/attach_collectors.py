@@ -71,10 +71,13 @@ def slots(graph: Graph) -> list[Node]:
     return sorted(found, key=lambda n: order.index(n.args[1]))
 
 
-def attach_collectors(graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], examples: Size) -> None:
-    """Let the first leaf's gradient be (2, n): sums over examples, and how many; the second's, if any, (n, B).
+def attach_collectors(
+    graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], examples: Size, coupled: bool
+) -> None:
+    """Let the first leaf's gradient be (2, n + 1): sums over examples, and how many; the second's, if any, (n, B).
 
     ``sq_norms`` holds a (B,) node and the status per slot; without a node the slot says refused, or zero where unused.
+    The last column says refused where the graph hands a coupled gradient to the graph before it.
 
     Raises:
         GraphError: the graph has no leaf.
@@ -91,11 +94,15 @@ def attach_collectors(graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node
             for s in missing
         }
         parts = [node if node is not None else constants[s] for node, s in sq_norms]
-        stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
-        sums = emit(aten.sum.dim_IntList, stacked, [1])
-        counts = emit(aten.full.default, [len(parts)], emit.size(examples), **like)
-        both = emit.view(emit(aten.cat.default, [sums, counts]), [2, len(parts)])
+        flag = emit(aten.full.default, [1], REFUSED if coupled else 0.0, **like)
+        counts = emit(aten.full.default, [len(parts) + 1], emit.size(examples), **like)
+        columns, stacked = [flag, counts], None
+        if parts:
+            stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
+            columns.insert(0, emit(aten.sum.dim_IntList, stacked, [1]))
+        both = emit.view(emit(aten.cat.default, columns), [2, len(parts) + 1])
         for slot, new in zip(found, [both, stacked], strict=False):
+            assert new is not None
             slot.replace_all_uses_with(new)
     for probe in [n for n in graph.nodes if n.target is torch.ops.gnsfx.probe.default]:
         with emit.at(probe):

@@ -56,12 +56,17 @@ def rounds(node: Node) -> bool:
     return node.meta["val"].dtype in (torch.bfloat16, torch.float16)
 
 
-def refuse(record: Record, mixed: Mixed) -> Record:
+def explain_mixed(mixed: Mixed) -> str:
+    """The reason with the op and the user's source line."""
     node, line = mixed.node, source_line(mixed.node)
-    record.status, record.path = "refused", ""
-    record.operation = str(node.target) if node is not None else ""
     where = f" (at {node.target}" + (f", {line}" if line else "") + ")" if node is not None else ""
-    record.reason = mixed.reason + where
+    return mixed.reason + where
+
+
+def refuse(record: Record, mixed: Mixed) -> Record:
+    record.status, record.path = "refused", ""
+    record.operation = str(mixed.node.target) if mixed.node is not None else ""
+    record.reason = explain_mixed(mixed)
     return record
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import Graph
 
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
 from gnsfx.passes.attach_collectors import attach_collectors
 from gnsfx.passes.check_graph import check_graph, signature
 from gnsfx.passes.emit import Emitter
-from gnsfx.passes.joint_graph import read_joint_graph
-from gnsfx.passes.measure import Measurer, Record, refuse
-from gnsfx.passes.propagate import propagate
+from gnsfx.passes.joint_graph import JointGraph, read_joint_graph
+from gnsfx.passes.measure import Measurer, Record, explain_mixed, refuse
+from gnsfx.passes.propagate import States, propagate
 from gnsfx.passes.select_path import Planner
-from gnsfx.passes.state import Mixed, Size, State, describe, quotient
+from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, describe, quotient, same_fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Plan:
         slots: positions, among the graph inputs, of the parameters to measure.
         states: states of the graph inputs that are not shared.
         batch: (input, dim, fold) such that the size there is fold * B: where B is read off.
+        parameters: positions of all trainable parameters, measured or not.
         refusal: a reason to refuse every parameter, found before tracing.
         memory: cap in bytes; forced: a path, or "auto".
     """
@@ -40,6 +42,7 @@ class Plan:
     states: dict[int, State]
     batch: tuple[int, int, int] | None
     refusal: str | None
+    parameters: tuple[int, ...]
     memory: int
     forced: str
 
@@ -50,6 +53,7 @@ class Report:
 
     records: list[Record] = field(default_factory=list)
     outputs: list[State | tuple | None] = field(default_factory=list)
+    coupled: str | None = None
     before: str = ""
     after: str = ""
 
@@ -68,6 +72,7 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
         report.before = print_graph(graph, states)
     results = [view.results.get(i) for i in range(max(view.results, default=-1) + 1)]
     report.outputs = [states.get(n) if n is not None else None for n in results]
+    report.coupled = find_coupling(view, states, plan)
     emit = Emitter(graph, examples)
     measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
     for index in plan.slots:
@@ -81,12 +86,33 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
         else:
             measurer.measure(record, gradient)
     measurer.apply()
-    attach_collectors(graph, emit, [(r.sq_norm, r.status) for r in report.records], examples)
+    norms = [(r.sq_norm, r.status) for r in report.records]
+    attach_collectors(graph, emit, norms, examples, report.coupled is not None)
     graph.eliminate_dead_code()
     check_graph(graph, contract)
     if keep_text:
         report.after = print_graph(graph, states)
     return report
+
+
+def find_coupling(view: JointGraph, states: States, plan: Plan) -> str | None:
+    """Why the gradient of an intermediate that came in is not apart by example as the intermediate itself is.
+
+    The graph that made it takes its tangent to be apart: it must then refuse its parameters.
+    """
+    for index, gradient in view.grads.items():
+        if index in plan.parameters or gradient.target is torch.ops.gnsfx.probe_backward.default:
+            continue
+        before, after = states.get(view.inputs[index]), states.get(gradient)
+        if isinstance(after, Mixed):
+            return explain_mixed(after)
+        apart = isinstance(before, Batched) and isinstance(after, Batched)
+        if apart and before.dim == after.dim and same_fold(before, after):
+            continue
+        if isinstance(before, Shared) and isinstance(after, Shared) and not after.doubt:
+            continue
+        return "a later graph sums its gradient over the examples"
+    return None
 
 
 def print_graph(graph: Graph, states: dict) -> str:

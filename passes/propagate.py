@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, sam
 
 States = dict[Node, Any]
 ACCUMULATION = "Gradient addition node"
+OUTSIDE = "a result computed from parameters alone leaves the compiled graph, and how examples use it there is not known"
 COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
 
 
@@ -48,14 +49,27 @@ def propagate(view: JointGraph, inputs: Mapping[int, State], examples: Size) -> 
         _visit(node, states, examples, view, regions)
         if node.op == "call_function" and "seq_nr" in node.meta:
             regions[node.meta["seq_nr"]].append(node)
+    touched = _depends_on_examples(forward, states)
     for tangent, output in view.tangents.items():
-        states[tangent] = (
-            states[output] if output in states else Mixed("the tangent of an output that is not in the graph", tangent)
-        )
+        if output is None or output not in states:
+            states[tangent] = Mixed("the tangent of an output that is not in the graph", tangent)
+        elif isinstance(states[output], Shared) and output not in touched:
+            states[tangent] = Shared(OUTSIDE)
+        else:
+            states[tangent] = states[output]
     for node in view.graph.nodes:
         if node in view.backward and node not in view.tangents:
             _visit(node, states, examples, view, regions)
     return states
+
+
+def _depends_on_examples(nodes: Iterable[Node], states: States) -> set[Node]:
+    """Forward nodes with a batched value above them; a statistic of the batch is shared, but depends on the examples."""
+    found: set[Node] = set()
+    for node in nodes:
+        if isinstance(states.get(node), (Batched, Mixed, tuple)) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions: Mapping[int, list[Node]]) -> None:

@@ -4,11 +4,16 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import gnsfx
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--steps 12 --batch 4 --context 16 --layers 1 --width 32 --heads 2 --log-every 2".split()
@@ -78,6 +83,7 @@ def test_demo_measures_norms_only_and_appends_to_the_log(tmp_path):
     assert list(records(tmp_path)[-2]["noise"]) == ["total", "norm"]
 
 
+@pytest.mark.slow
 def test_demo_without_gnsfx_keeps_the_log_when_interrupted(demo, tmp_path, monkeypatch, capsys):
     batches = iter(range(5))
     draw = demo.Text.batch
@@ -131,6 +137,26 @@ def test_bad_options_exit_with_2(demo, arguments, expected, capsys):
         demo.main([*SMALL, *arguments])
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def test_the_code_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2))
+    names = {
+        "torch": torch,
+        "gnsfx": gnsfx,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "loss_fn": nn.functional.mse_loss,
+        "loader": [(torch.randn(16, 8), torch.randn(16, 2)) for _ in range(12)],
+    }
+    for block in blocks:
+        exec(block, names)
+    noise = names["noise"]
+    assert noise.steps == 12 + 2 and noise.coverage_share == 1
+    assert set(noise.by_group()) == {"Linear", "LayerNorm"}
 
 
 @pytest.mark.parametrize("benchmark", ["step_time", "compile_time"])

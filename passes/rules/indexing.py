@@ -205,6 +205,8 @@ def scatter_rule(op: Op) -> State:
 
 @rule(*overloads("aten.searchsorted.Tensor"))
 def searchsorted_rule(op: Op) -> State:
-    if op.batched("sorted_sequence"):
-        return aligned(op, [op["sorted_sequence"], op["self"]]) if len(op.shape("self")) > 1 else op.mixed(PICKED)
+    own = op.state("sorted_sequence")
+    if isinstance(own, Batched):
+        last = own.dim == len(op.shape("sorted_sequence")) - 1
+        return op.mixed(PICKED) if last else aligned(op, [op["sorted_sequence"], op["self"]])
     return op.state("self")

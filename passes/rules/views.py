@@ -20,7 +20,7 @@ NOT_SPLIT = "takes some examples out of the batch"
 
 
 @rule(*overloads("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.unsqueeze.default",
-                 "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "prims.view_of.default", "aten.view_copy.default"),
+                 "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.view_copy.default"),
       linear=["self"])  # fmt: skip
 def reshape_rule(op: Op) -> State:
     return op.reshaped()

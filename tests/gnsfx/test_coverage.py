@@ -84,7 +84,7 @@ def test_table_is_aligned_and_long_reasons_are_footnotes() -> None:
 
 def test_is_a_sequence() -> None:
     rows = coverage(Net())
-    assert isinstance(rows, Coverage) and len(rows) == len(list(rows)) == 8 and rows[0].name == "first.weight"
+    assert isinstance(rows, Coverage) and len(rows) == len(list(rows)) == 9 and rows[0].name == "first.weight"
     assert str(Coverage([])).endswith("no parameters")
 
 
@@ -200,6 +200,18 @@ def test_two_batch_sizes_are_one_row() -> None:
     for rows in (5, 4, 7):
         train(compiled, torch.randn(rows, 3))
     assert [row.status for row in coverage(model)] == ["measured"] * 2
+
+
+def test_after_a_compile_cache_hit() -> None:
+    """The passes did not run in this process: the graphs are traced again."""
+    model = Net()
+    compiled = torch.compile(model, backend="gns", options=EAGER)
+    for rows in (5, 4):
+        train(compiled, torch.randn(rows, 3))
+    before = by_name(model)
+    for owner in collector.compiled(model):
+        owner.graph._report = owner.graph._refusals = None
+    assert by_name(model) == before
 
 
 def test_twice_in_one_backward_is_refused() -> None:

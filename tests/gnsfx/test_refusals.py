@@ -223,3 +223,55 @@ def test_a_term_of_no_example_belongs_to_all_alike() -> None:
     losses = model.a(x).sin().sum(1) + 0.1 * penalty / 6
     truth = oracle.per_example_sq_norms(model, losses, torch.ones_like(losses))
     assert oracle.names_beyond(collector.per_example_sq_norms(model), truth, oracle.tolerance(torch.float64)) == []
+
+
+class Across(nn.Module):
+    """A graph break, and the examples interact behind it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "weight":
+            weight = self.first.weight * 2
+            torch._dynamo.graph_break()
+            return self.second(x @ weight)
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        x = torch.tanh(x * 2)
+        torch._dynamo.graph_break()
+        return self.second(x - x.mean(0) if self.kind == "centred" else x)
+
+
+@pytest.mark.filterwarnings("ignore:gns. 1 of 1 parameters are refused")
+@pytest.mark.parametrize("kind", ["centred", "weight", "apart"])
+def test_coupling_in_a_later_graph_reaches_the_earlier_ones(kind: str) -> None:
+    model, x = Across(kind).double(), zoo.floats(4, 4)
+    compiled = torch.compile(model, backend="gns", options=EAGER)
+    zoo.squares(compiled(x)).sum().backward()
+    reasons = {m.name: m.refusal for m in collector.measurements(model) if m.refusal and model.get_parameter(m.name).grad is not None}
+    expected = {"centred": {"first.weight", "first.bias"}, "weight": {"first.weight"}, "apart": set()}
+    assert set(reasons) == expected[kind]
+    assert kind != "centred" or "later graph" in reasons["first.weight"]
+
+
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.scale.exp()
+
+
+def test_a_parameter_that_leaves_the_graph_by_itself() -> None:
+    model, x = Temperature().double(), zoo.floats(4, 4)
+
+    def call(compiled: nn.Module) -> Tensor:
+        out, scale = compiled(x)
+        return zoo.squares(out * scale)
+
+    refused = refusals(model, call)
+    assert set(refused) == {"scale"}
+    assert "leaves the compiled graph" in refused["scale"]
