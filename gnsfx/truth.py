@@ -112,7 +112,6 @@ class Problem:
         except GnsError:
             raise
         except Exception:
-            self.prepare(double=False)
             return None
 
     def measure(self) -> Measured:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gnsfx.coverage import Row, align, footnote
-from gnsfx.errors import VerificationError
-from gnsfx.truth import Measured, Problem, Truth, square
+from gnsfx.errors import GnsError, VerificationError
+from gnsfx.truth import Measured, Problem, square
 
 TERMS = 2**20
 HALVES = (torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ class Checked:
 
     Attributes:
         measured, expected: sum over examples of the squared norms.
-        relative_error: of the sum or of the worst example, whichever is larger.
+        relative_error: of the sum or of the worst example, whichever is larger; at most ``rtol`` where the tolerance holds.
         gradient_error: of ``p.grad``, relative to the sum of the norms of its contributions.
         example: the worst one.
         wrong: what is beyond the tolerance, in words; empty if nothing is.
@@ -103,9 +103,9 @@ def verify(
     """Compare the norms of every measured parameter with per-example autograd on this batch.
 
     Works on a private copy of the model, compiled as a whole with the options of ``model`` and without code generation,
-    in float64 where the model runs in it and in its own dtype otherwise: what is verified is the rewritten graph, not the
-    code the inner compiler makes of it. The model, its gradients, buffers and collectors and the random numbers stay as
-    they are. It takes B + 2 passes and memory for B gradients.
+    in float64 where the model runs in it and in its own dtype otherwise (a model in half precision in both): what is
+    verified is the rewritten graph, not the code the inner compiler makes of it. The model, its gradients, buffers and
+    collectors and the random numbers stay as they are. It takes B + 2 passes and memory for B gradients.
 
     The tolerance: |s_b - t_b| <= rtol t_b + 2 sqrt(t_b) d + d^2 + f. ``rtol`` is ``2 eps sqrt(2^20)``, the random walk of
     rounding in a sum of a million terms, twice because the norm is squared; ``eps`` is that of the least precise dtype
@@ -120,18 +120,23 @@ def verify(
         loss: turns the output of the model into one loss per example, (B,), whose mean is trained, or into a scalar, if
             each row of the output (dimension 0, or the one marked on the inputs) belongs to one example. None: the output,
             or its ``loss``, is the loss; a scalar one takes a model whose examples can run alone.
-        rtol: relative tolerance on squared norms.
+        rtol: relative tolerance on squared norms, in float64 where the model runs in it.
 
     Raises:
         VerificationError: norms, or a gradient, differ; names each parameter with measured and expected values.
         GnsError: the truth cannot be had this way (the loss does not fit the batch, examples cannot run alone), with what
-            to do instead; or nothing is trained or compiled.
+            to do instead; nothing is trained or compiled; or a gradient is not finite.
     """
     problem = Problem(model, args, kwargs, loss)
-    measured = problem.measure_in_double() or problem.measure()
-    with_truth = problem.truth(measured) if any(r.status == "measured" for r in measured.coverage) else None
-    report = _compare(problem, measured, with_truth, rtol)
-    _raise_if_wrong(report)
+    report = None
+    if (measured := problem.measure_in_double()) is not None:
+        report = _compare(problem, measured, rtol)
+        _raise_if_wrong(report)
+    if report is None or any(p.dtype in HALVES for p in model.parameters() if p.requires_grad):
+        problem.prepare(double=False)
+        own = _compare(problem, problem.measure(), None if report is not None else rtol)
+        _raise_if_wrong(own)
+        report = report or own
     return report
 
 
@@ -145,7 +150,8 @@ def relative_tolerance(dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps * TERMS**0.5
 
 
-def _compare(problem: Problem, measured: Measured, truth: Truth | None, rtol: float | None) -> Verification:
+def _compare(problem: Problem, measured: Measured, rtol: float | None) -> Verification:
+    truth = problem.truth(measured) if any(r.status == "measured" for r in measured.coverage) else None
     tolerance = relative_tolerance(problem.least) if rtol is None else rtol
     skipped = tuple(row for row in measured.coverage if row.status != "measured")
     dtype = problem.parameters[0].dtype
@@ -154,7 +160,12 @@ def _compare(problem: Problem, measured: Measured, truth: Truth | None, rtol: fl
     expected = torch.stack(
         [torch.stack([square(g) for g in grads]) for grads in truth.contributions], 1
     )  # (parameters, B)
-    largest = float(expected.max().sqrt()) if expected.isfinite().all() else float("inf")
+    if not bool(expected.isfinite().all()):
+        index, b = (~expected.isfinite()).nonzero()[0].tolist()
+        raise GnsError(
+            f"nothing can be verified on this batch: the gradient of {problem.names[index]} for example {b} is not finite."
+        )
+    largest = float(expected.max().sqrt())
     checked = []
     for index, name in enumerate(problem.names):
         if name not in measured.sums:
@@ -192,19 +203,27 @@ def _check(
     else:
         off = (norms - truth).abs()
         allowed = rtol * truth + 2 * truth.sqrt() * own + own**2 + floor
-        ratios = off / truth.clamp_min(max(own**2 + floor, torch.finfo(torch.float64).tiny))
-        worst, relative = int(ratios.nan_to_num(torch.inf).argmax()), float(ratios.nan_to_num(torch.inf).max())
+        errors = [
+            _relative(o, a, t, rtol) for o, a, t in zip(off.tolist(), allowed.tolist(), truth.tolist(), strict=True)
+        ]
+        worst, relative = max(enumerate(errors), key=lambda pair: pair[1])
         if not bool((off <= allowed).all()):
-            at = int((off / allowed.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(torch.inf).argmax())
-            wrong.append(f"example {at}: {_beside(float(norms[at]), float(truth[at]))}")
+            wrong.append(f"example {worst}: {_beside(float(norms[worst]), float(truth[worst]))}")
     off_total = abs(total - expected)
-    if not off_total <= rtol * expected + 2 * (expected * B) ** 0.5 * own + B * (own**2 + floor):
+    allowed_total = rtol * expected + 2 * (expected * B) ** 0.5 * own + B * (own**2 + floor)
+    if not off_total <= allowed_total:
         wrong.insert(0, _beside(total, expected))
-    relative = max(relative, off_total / max(expected, own**2 + floor, torch.finfo(torch.float64).tiny))
+    relative = max(relative, _relative(off_total, allowed_total, expected, rtol))
     reach = float(truth.sqrt().sum())
     if not gradient <= rtol * reach + own + floor**0.5:
         wrong.append(f"p.grad is off by {gradient:.3g}, its contributions have norm {reach:.3g}")
     return Checked(name, total, expected, relative, gradient / reach if reach else gradient, worst, "; ".join(wrong))
+
+
+def _relative(off: float, allowed: float, expected: float, rtol: float) -> float:
+    """At most ``rtol`` where the error is allowed: relative to the expected value, or to what its rounding amounts to."""
+    scale = allowed / rtol if rtol else expected
+    return off / scale if off and scale else 0.0 if off == 0 else float("inf")
 
 
 def _beside(measured: float, expected: float) -> str:

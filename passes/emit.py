@@ -48,6 +48,8 @@ def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> 
 LIFT_AS: dict[Any, Any] = {
     aten._trilinear.default: _trilinear,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    prims.convert_element_type.default: lambda a, dtype: a.to(dtype),
+    prims.rev.default: torch.flip,
 }
 """What ``torch.func.vmap`` is given in place of ops that have no batching rule."""
 

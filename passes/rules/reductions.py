@@ -20,7 +20,7 @@ STATISTICS = overloads(
     "aten.nansum.default", "aten.count_nonzero.dim_IntList", "aten.std_mean.correction",
 )  # fmt: skip
 SCANS = overloads(
-    "aten.cumsum.default", "aten.cumprod.default", "aten.logcumsumexp.default", "aten.cummax.default", "aten.cummin.default",
+    "aten.cumprod.default", "aten.logcumsumexp.default", "aten.cummax.default", "aten.cummin.default",
     "aten.sort.default", "aten.sort.stable", "aten.topk.default", "aten._softmax.default", "aten._log_softmax.default",
     "aten._softmax_backward_data.default", "aten._log_softmax_backward_data.default", "prims.prepare_softmax_online.default",
 )  # fmt: skip
@@ -64,6 +64,7 @@ def statistic_rule(op: Op) -> State | tuple[State, ...]:
 
 
 @rule(*SCANS)
+@rule(*overloads("aten.cumsum.default"), linear=["self"])
 def scan_rule(op: Op) -> State | tuple[State, ...]:
     name = "self" if "self" in op.args else "grad_output" if "grad_output" in op.args else next(iter(op.args))
     states = [s for a in (name, "output") if a in op.args and isinstance(s := op.state(a), Batched)]

@@ -204,6 +204,19 @@ def test_autocast() -> None:
     assert report.max_relative_error < report.rtol
 
 
+def test_half_precision_is_verified_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph is another one than in float64; an error in it alone is found."""
+    model, x = MLP().bfloat16(), torch.randn(B, 7, 3, dtype=torch.bfloat16)
+    assert verify(gns(model), x, loss=lambda y: y.square().sum((1, 2))).dtype == torch.float64
+
+    def only_in_half(emit: Any, node: Any) -> Any:
+        return node if node.meta["val"].dtype == torch.float64 else emit(torch.ops.aten.mul.Tensor, node, 1.5)
+
+    planted(monkeypatch, only_in_half)
+    with pytest.raises(VerificationError, match="relative difference 5"):
+        verify(gns(model), x, loss=lambda y: y.square().sum((1, 2)))
+
+
 def test_float32_inside_a_double_model() -> None:
     """A norm in float32 rounds the gradients that pass through it: the tolerance follows."""
 
@@ -320,6 +333,14 @@ def test_examples_that_interact_inside() -> None:
             return (super().forward(x) - x.mean(0).sum()).square().mean()
 
     refuses(r"no weighted sum of the gradients of its examples.*pass loss=", gns(Coupled()), torch.randn(B, 3))
+
+
+def test_gradient_that_is_not_finite() -> None:
+    x = torch.randn(B, 3)
+    x[2] = torch.inf
+    refuses(
+        r"gradient of _orig_mod\.a\.weight for example \d is not finite", gns(MLP()), x, loss=lambda y: y.square().sum(1)
+    )
 
 
 def test_nothing_to_verify() -> None:
