@@ -1,6 +1,6 @@
 """Train a small character-level GPT on English text, and watch the gradient noise scale of every layer.
 
-    python examples/train_gpt.py                      # text that ships with Python, about two minutes on two cores
+    python examples/train_gpt.py                      # text that ships with Python, about a minute on two cores
     python examples/train_gpt.py --text my.txt        # your own
     python examples/train_gpt.py --plain              # the same without gnsfx, to compare
 
@@ -307,7 +307,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train a small character-level GPT and print the gradient noise scale of its layers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive, default=800)
+    parser.add_argument("--steps", type=positive, default=500)
     parser.add_argument("--batch", type=positive, default=16, help="sequences per step")
     parser.add_argument("--context", type=positive, default=64, help="characters per sequence")
     parser.add_argument("--layers", type=positive, default=5)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import pgo  # the sizes Dynamo has seen, from which it makes later graphs dynamic
@@ -36,6 +37,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a u
 from torch._inductor.decomposition import select_decomp_table  # rules are written for Inductor's decomposed graphs
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._sympy.functions import FloorDiv  # how symbolic sizes divide
 from torch.utils.weak import WeakIdKeyDictionary  # tensors compare elementwise, so weak maps must go by identity
 
 __all__ = [
@@ -51,6 +53,8 @@ __all__ = [
     "current_backward",
     "default_partition",
     "detect_fake_mode",
+    "divisible",
+    "exact_quotient",
     "force_backend",
     "inductor_config",
     "known",
@@ -59,6 +63,7 @@ __all__ = [
     "options_of",
     "private_graphs",
     "select_decomp_table",
+    "simplified",
     "size_hint",
     "sources_of",
     "tree_flatten",
@@ -70,6 +75,35 @@ __all__ = [
 def known(condition: Any) -> bool:
     """Whether a condition on sizes holds whatever the symbolic sizes are. Adds no guard."""
     return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def exact_quotient(value: Any, divisor: Any) -> Any:
+    """``value / divisor`` where it is known to divide."""
+    return simplified(value // divisor)
+
+
+def divisible(value: Any, divisor: Any) -> bool:
+    """Whether a symbolic size is known to be a multiple of another, by algebra where guards do not tell."""
+    if not isinstance(value, torch.SymInt):
+        return False
+    by = divisor.node.expr if isinstance(divisor, torch.SymInt) else divisor
+    return sympy.denom(sympy.cancel(value.node.expr / by)) == 1
+
+
+def simplified(size: Any) -> Any:
+    """A size without the floor divisions that leave no rest: PyTorch keeps ``(s*s) // s``, and cannot tell that it is s."""
+    if not isinstance(size, torch.SymInt) or not size.node.expr.has(FloorDiv):
+        return size
+    expression = size.node.expr.replace(FloorDiv, _divide)
+    if expression.is_Integer:
+        return int(expression)
+    hint = size_hint(size) if size.node.has_hint() else None
+    return size.node.shape_env.create_symintnode(expression, hint=hint)
+
+
+def _divide(value: Any, divisor: Any) -> Any:
+    quotient = sympy.cancel(value / divisor)
+    return quotient if sympy.denom(quotient) == 1 else FloorDiv(value, divisor)
 
 
 def size_hint(size: Any) -> int:

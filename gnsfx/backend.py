@@ -13,12 +13,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
 from gnsfx.capture import Capture, read_capture, trains
-from gnsfx.collector import Collectors, leave_out
+from gnsfx.collector import Collectors, collectors_of, leave_out
 from gnsfx.config import Options, debug_level, split_options
 from gnsfx.errors import GnsWarning, RefusedError
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
@@ -81,9 +81,13 @@ def measuring(enabled: bool = True) -> Iterator[None]:
 
 
 def plain(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
-    """Inductor as it is, with the options that are not ours."""
+    """Inductor as it is, with the options of the graph that measures the same parameters, if there is one."""
     ours, inductor = split_options(options)
-    return _inner_compile(gm, example_inputs, ours, _patches(mode, inductor), None)
+    patches = _patches(mode, inductor)
+    for value in example_inputs:
+        for owner, _ in collectors_of(value) if isinstance(value, nn.Parameter) else ():
+            ours, patches = owner.graph.options, owner.graph.patches
+    return _inner_compile(gm, example_inputs, ours, patches, None)
 
 
 def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
@@ -210,6 +214,7 @@ class CompiledGraph(CapturedGraph):
         self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]
     ) -> None:
         super().__init__(gm, inputs, capture, options)
+        self.patches = patches
         leaves = self.collectors.fake_leaves(self._fake_inputs)
         rewriting = RewritePass(capture.plan, self._keep)
         self._inner = _inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)

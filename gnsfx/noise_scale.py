@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +174,7 @@ class NoiseScale:
         self._reading = None
         found.clear()
         if state.excluded:
-            self._warn("coverage", state.coverage_text(state.excluded))
+            self._warn("coverage", state.coverage_text(state.excluded), stacklevel=4)
         return StepMeasurement(terms, largest)
 
     @property
@@ -298,10 +298,11 @@ class NoiseScale:
                 "anything rescales p.grad.",
             )
 
-    def _warn(self, kind: str, text: str) -> None:
+    def _warn(self, kind: str, text: str, stacklevel: int = 5) -> None:
+        """Once per kind, at the line that called ``step()`` or read a value."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, GnsWarning, stacklevel=5)  # the caller of step() or of what reads
+            warnings.warn(text, GnsWarning, stacklevel=stacklevel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,10 +440,16 @@ def _group_function(grouping: Grouping, model: nn.Module) -> Callable[[str, nn.P
 
 
 def _list_reasons(reasons: Mapping[str, str], shown: int = 3) -> str:
-    """The first few names with their reasons, and where to find the others."""
-    named = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:shown])
-    more = f"; and {len(reasons) - shown} more" if len(reasons) > shown else ""
-    return f"{named}{more}. See gnsfx.coverage(model)."
+    """The first few reasons, each with the first few names that it holds for, and where to find the others."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names_of.setdefault(reason, []).append(name)
+    parts = [f"{_list_names(names, shown)}: {reason}" for reason, names in names_of.items()]
+    return "; ".join(parts[:shown]) + ("; ..." if len(parts) > shown else "") + ". See gnsfx.coverage(model)."
+
+
+def _list_names(names: Sequence[str], shown: int) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _columns(stats: GroupStats) -> str:

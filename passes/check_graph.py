@@ -30,7 +30,7 @@ def check_graph(graph: Graph, before: Signature) -> None:
             continue
         if node.target in (torch.ops.gnsfx.probe.default, torch.ops.gnsfx.probe_backward.default):
             raise GraphError(f"{node} is left in the rewritten graph.")
-        if "val" not in node.meta:
+        if "val" not in node.meta and node.users:  # an assertion returns nothing
             raise GraphError(f"{node} has no metadata.")
     graph.lint()
 

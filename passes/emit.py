@@ -17,7 +17,16 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gnsfx._torch import detect_fake_mode, known, select_decomp_table, tree_flatten, tree_map, tree_unflatten
+from gnsfx._torch import (
+    TangentAOTInput,
+    detect_fake_mode,
+    known,
+    select_decomp_table,
+    simplified,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
 from gnsfx.errors import GraphError
 from gnsfx.passes.joint_graph import fake
 from gnsfx.passes.state import Batched, Size
@@ -45,11 +54,25 @@ def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> 
     return g / norms * (grad_w - v * projected / norms**2), projected / norms
 
 
+def _slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    open_ended = isinstance(end, int) and end >= 2**62  # "up to the end", which has no batching rule
+    return torch.slice_scatter(self, src, dim, start, None if open_ended else end, step)
+
+
+def _convert(a: Any, dtype: torch.dtype) -> Any:
+    """A gradient is not rounded below the dtype in which its squares are summed."""
+    narrower = a.dtype.is_floating_point and dtype.is_floating_point and dtype.itemsize < a.dtype.itemsize
+    return a if narrower else a.to(dtype)
+
+
 LIFT_AS: dict[Any, Any] = {
     aten._trilinear.default: _trilinear,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
-    prims.convert_element_type.default: lambda a, dtype: a.to(dtype),
+    prims.convert_element_type.default: _convert,
+    aten._to_copy.default: lambda a, dtype=None, **_: a if dtype is None else _convert(a, dtype),
     prims.rev.default: torch.flip,
+    prims.fma.default: lambda a, b, c: a * b + c,
+    aten.slice_scatter.default: _slice_scatter,
 }
 """What ``torch.func.vmap`` is given in place of ops that have no batching rule."""
 
@@ -94,6 +117,7 @@ class Emitter:
 
     def size(self, size: Size) -> int | Node:
         """A size as an argument: an int, or a node that computes it."""
+        size = simplified(size)
         if not isinstance(size, torch.SymInt):
             return size
         expression = sympy.sympify(size.node.expr)
@@ -123,6 +147,8 @@ class Emitter:
             value = node.meta.get("val")
             if node.op != "placeholder" or not isinstance(value, torch.Tensor):
                 continue
+            if isinstance(node.meta.get("desc"), TangentAOTInput):
+                continue  # the forward does not have it
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and sympy.sympify(size.node.expr) == expression:
                     return self._sym(aten.sym_size.int, node, dim)
@@ -142,7 +168,7 @@ class Emitter:
     # ------------------------------------------------------------------------------------------------- layouts
 
     def shape(self, node: Node) -> tuple[Size, ...]:
-        return tuple(node.meta["val"].shape)
+        return tuple(map(simplified, node.meta["val"].shape))
 
     def view(self, node: Node, shape: Sequence[Size]) -> Node:
         """A reshape that copies only where strides demand it."""

@@ -13,6 +13,7 @@ outer, ghost, segments and tied it keeps its bits, because the contraction stays
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +86,16 @@ class Measurer:
             node.replace_all_uses_with(value)
 
     def measure(self, record: Record, gradient: Node) -> Record:
+        """Write the measurement of one gradient, or refuse it: a defect here must not stop anybody's training."""
+        written = len(self._replacements)
+        try:
+            return self._measure(record, gradient)
+        except Exception as error:
+            del self._replacements[written:]
+            record.sq_norm = None
+            return refuse(record, Mixed(f"measuring it failed with {type(error).__name__}: {error}", gradient))
+
+    def _measure(self, record: Record, gradient: Node) -> Record:
         if known(self.emit.examples == 1):  # the one example owns the whole gradient, however it was computed
             with self.emit.at(self.view.output):
                 record.operation, record.path = str(gradient.target).removeprefix("aten."), "whole"
@@ -291,29 +302,24 @@ class Measurer:
         inputs = [a for a in dict.fromkeys(source.all_input_nodes) if a in self.states]
         partial = {a: self._stack(a) for a in inputs if isinstance(self.states[a], Partial)}
         with emit.at(node):
+            dtype = functools.reduce(torch.promote_types, (n.meta["val"].dtype for n in partial.values()))
+            partial = {a: emit.cast(n, dtype) for a, n in partial.items()}
             shared = {a: self._share(a) for a in self._joint(source, partial)}
+            others = [a for a in inputs if a not in partial and isinstance(a.meta["val"], torch.Tensor)]
+            floating = [a for a in others if a.meta["val"].dtype.is_floating_point]
+            shared |= {a: emit.cast(shared.get(a, a), dtype) for a in floating if not dtype.is_complex}
             index: Any = node.args[1] if source is not node else None
             stack = emit.lift(source, partial, shared, index)
         self._stacks[node] = stack
         return stack
 
     def _joint(self, node: Node, partial: dict[Node, Node]) -> list[Node]:
-        """Shared terms added to a partial one: every example owns 1/B of them."""
-        additive = ("self", "other", "tensors", "src", "values")
-        bound = arguments(node)
-        names = {
-            k
-            for k, v in bound.items()
-            for a in (v if isinstance(v, (list, tuple)) else [v])
-            if isinstance(a, Node) and a in partial
-        }
+        """Shared terms that the op adds to the partial ones: every example owns 1/B of them."""
+        bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
+        names = {k for k, values in bound.items() if any(a in partial for a in values if isinstance(a, Node))}
         group = next(g for g in LINEAR[node.target] if names <= g)
-        terms = [
-            a for k in group if k in additive for a in (bound[k] if isinstance(bound[k], (list, tuple)) else [bound[k]])
-        ]
-        return [
-            a for a in terms if isinstance(a, Node) and a not in partial and isinstance(a.meta.get("val"), torch.Tensor)
-        ]
+        terms = [a for k in group for a in bound[k] if isinstance(a, Node) and a not in partial]
+        return [a for a in terms if isinstance(a.meta.get("val"), torch.Tensor)]
 
     def _share(self, node: Node) -> Node:
         if not node.meta["val"].dtype.is_floating_point and not node.meta["val"].dtype.is_complex:

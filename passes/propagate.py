@@ -106,7 +106,10 @@ def _state(node: Node, states: States, examples: Size, tangent: bool, regions: M
     rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
     if rule is None:
         return Mixed(f"no rule for {node.target}", node)
-    return rule(Op(node, states, examples, tangent))
+    try:
+        return rule(Op(node, states, examples, tangent))
+    except Exception as error:  # a defect in a rule must not stop anybody's training
+        return Mixed(f"the rule for {node.target} failed with {type(error).__name__}: {error}", node)
 
 
 def _random(node: Node) -> str | None:
@@ -126,7 +129,7 @@ def _linear(node: Node, states: States) -> State:
             state = states.get(item) if isinstance(item, Node) else None
             partial |= {name} if isinstance(state, Partial) else set()
             batched |= isinstance(state, Batched)
-            if isinstance(state, Shared) and state.doubt and name in ("self", "other", "tensors", "src", "values"):
+            if isinstance(state, Shared) and state.doubt and name in ("self", "other", "tensors", "src", "values", "a", "c"):
                 return Mixed(state.doubt, node)
     if batched:
         return Mixed(COUPLED, node)

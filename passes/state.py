@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from gnsfx._torch import known
+from gnsfx._torch import divisible, exact_quotient, known
 
 Size = int | torch.SymInt
 
@@ -85,13 +85,15 @@ def divides(divisor: Size, value: Size) -> bool:
     """Whether ``divisor`` is known to divide ``value``, for symbolic sizes too; never adds a guard."""
     if known(divisor == value) or known(divisor == 1):
         return True
-    return known(divisor != 0) and known(value % divisor == 0)  # pyright: ignore[reportOperatorIssue]
+    if not known(divisor != 0):
+        return False
+    return known(value % divisor == 0) or divisible(value, divisor)  # pyright: ignore[reportOperatorIssue]
 
 
 def quotient(value: Size, divisor: Size) -> Size:
     if known(divisor == 1):
         return value
-    return 1 if known(divisor == value) else value // divisor
+    return 1 if known(divisor == value) else exact_quotient(value, divisor)
 
 
 def reshape(state: Batched, before: Sequence[Size], after: Sequence[Size], examples: Size) -> Batched | None:

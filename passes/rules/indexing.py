@@ -210,3 +210,9 @@ def searchsorted_rule(op: Op) -> State:
         last = own.dim == len(op.shape("sorted_sequence")) - 1
         return op.mixed(PICKED) if last else aligned(op, [op["sorted_sequence"], op["self"]])
     return op.state("self")
+
+
+@rule(*overloads("aten.embedding_renorm.default"))
+def embedding_renorm_rule(op: Op) -> State:
+    """``max_norm`` rescales rows of the table that the batch uses; nothing differentiates it."""
+    return op.mixed(PICKED) if op.batched("self") else op.contracted()

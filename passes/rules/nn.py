@@ -104,7 +104,8 @@ def spatial_rule(op: Op) -> State | tuple[State, ...]:
                  "aten._cdist_backward.default"))  # fmt: skip
 def first_dimension_rule(op: Op) -> State | tuple[State, ...]:
     name, dims = str(op.node.target), {len(op.shape(t)) for t in tensors(op)}
-    if "cdist" in name and (min(dims) < 3 or len(dims) > 1):
+    batched = {len(op.shape(t)) for t in tensors(op) if isinstance(op.state(t), Batched)}
+    if "cdist" in name and (min(batched) < 3 or batched != {max(dims)}):  # leading dimensions broadcast from the right
         return op.mixed("distances between examples")
     if min(dims) < (3 if "col2im" in name else 4 if "im2col" in name or "pixel" in name else 0):
         return op.mixed("takes the examples for channels: there is no batch dimension")

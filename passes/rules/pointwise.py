@@ -83,4 +83,5 @@ linear(["self"], "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.
        "aten.imag.default", "aten._conj.default", "aten._conj_physical.default", "aten.conj_physical.default", "aten.resolve_conj.default",
        "aten.lift_fresh_copy.default")  # fmt: skip
 linear(["a"], "prims.convert_element_type.default", "prims.device_put.default")
+linear(["a c", "b c"], "prims.fma.default")
 linear(["src"], "aten.copy.default")

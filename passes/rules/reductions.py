@@ -75,3 +75,14 @@ def scan_rule(op: Op) -> State | tuple[State, ...]:
         state = op.mixed("the examples lie along different dimensions of two arguments")
     value = op.node.meta["val"]
     return (state,) * len(value) if isinstance(value, (tuple, list)) else state
+
+
+@rule(*overloads("aten.glu.default", "aten.glu_backward.default"))
+def glu_rule(op: Op) -> State:
+    """Halves dimension ``dim``, and its backward doubles it; the others broadcast."""
+    states = [s for a in ("grad_output", "self") if a in op.args and isinstance(s := op.state(a), Batched)]
+    if states[0].dim == op.dim(op["dim"]):
+        return op.mixed("gates examples with other examples")
+    if any(s.dim != states[0].dim or not same_fold(s, states[0]) for s in states):
+        return op.mixed("the examples lie along different dimensions of two arguments")
+    return states[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gnsfx._torch import known
+from gnsfx._torch import known, simplified
 from gnsfx.errors import RuleError
 from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, reshape
 
@@ -62,7 +62,7 @@ class Op:
     def shape(self, value: Any = None) -> tuple[Size, ...]:
         """Shape of an argument (by name or node), or of the result."""
         node = self.node if value is None else self.args[value] if isinstance(value, str) else value
-        return tuple(node.meta["val"].shape)
+        return tuple(map(simplified, node.meta["val"].shape))
 
     def dim(self, value: int, of: str = "self") -> int:
         """A possibly negative dimension argument as an index into the shape of ``of``."""

@@ -1,5 +1,6 @@
 """NoiseScale on contributions made here one by one, so that only its own arithmetic is under test."""
 
+import inspect
 import itertools
 import json
 import math
@@ -252,14 +253,17 @@ def test_refused_parameters_are_left_out_and_named_once(source, model):
     source.refused = {"1.weight": "examples interact in aten.mean", "1.bias": "examples interact in aten.mean"}
     noise = NoiseScale(model)
     with pytest.warns(GnsWarning) as caught:
-        for _ in run(source, model, noise, [8, 8]):
-            pass
+        for _ in range(2):
+            model.zero_grad()
+            source.backward(model, *data(8))
+            line = inspect.currentframe().f_lineno + 1
+            noise.step()
     (warning,) = caught
     assert str(warning.message) == (
-        "2 of 6 trainable parameters, 23.8% of the numbers, are not in the noise scale. 1.weight: examples interact in "
-        "aten.mean; 1.bias: examples interact in aten.mean. See gnsfx.coverage(model)."
+        "2 of 6 trainable parameters, 23.8% of the numbers, are not in the noise scale. 1.weight, 1.bias: examples "
+        "interact in aten.mean. See gnsfx.coverage(model)."
     )
-    assert warning.filename == __file__
+    assert (warning.filename, warning.lineno) == (__file__, line)
     assert noise.coverage_share == pytest.approx(32 / 42)
     assert set(noise.by_parameter()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert "2 of 6 trainable parameters" in noise.summary()
@@ -274,7 +278,7 @@ def test_a_refusal_known_to_the_compiled_graph_only(source, model):
     source.sq_norm = {name: torch.tensor(-math.inf) for name in ("1.weight", "1.bias")}
     source.backward(model, *data(8))  # nothing added to -inf brings it back
     noise.step()
-    with pytest.warns(GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight: refused; 1\.bias: refused\. See"):
+    with pytest.warns(GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight, 1\.bias: refused\. See"):
         rows = noise.by_parameter()
     expected = reference.by_parameter()
     assert set(rows) == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -411,3 +415,31 @@ def test_no_warning_in_an_ordinary_run(source, model):
         warnings.simplefilter("error")
         for _ in run(source, model, noise, [8, 8, 5]):
             repr(noise), noise.summary()
+
+
+@pytest.mark.parametrize("compile_as", ["wrapper", "in place"])
+def test_with_the_real_collectors(compile_as):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    model, (x, y) = Net(), data(12)
+    tr_sigma, g_sq = definition(model, x, y)
+    if compile_as == "wrapper":
+        called = torch.compile(model, backend="gns", options={"gns.inner": "eager"})
+    else:
+        model.compile(backend="gns", options={"gns.inner": "eager"})
+        called = model
+    noise = NoiseScale(called)
+    for _ in range(2):  # the second step starts anew
+        F.mse_loss(called(x), y).backward()
+        measured = noise.step()
+        called.zero_grad()
+        assert (measured.tr_sigma, measured.g_sq, measured.examples) == pytest.approx((tr_sigma, g_sq, 12), rel=1e-4)
+    assert (noise.tr_sigma, noise.g_sq) == pytest.approx((tr_sigma, g_sq), rel=1e-4)
+    assert noise.coverage_share == 1 and set(noise.by_group()) == {"Linear", "LayerNorm"}

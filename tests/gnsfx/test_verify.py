@@ -339,7 +339,10 @@ def test_gradient_that_is_not_finite() -> None:
     x = torch.randn(B, 3)
     x[2] = torch.inf
     refuses(
-        r"gradient of _orig_mod\.a\.weight for example \d is not finite", gns(MLP()), x, loss=lambda y: y.square().sum(1)
+        r"gradient of _orig_mod\.a\.weight for example \d is not finite",
+        gns(MLP()),
+        x,
+        loss=lambda y: y.square().sum(1),
     )
 
 

@@ -19,7 +19,7 @@ from gnsfx.passes.rules.table import overloads
 from gnsfx.passes.state import Batched
 
 B = T = D = 3
-O = 2  # noqa: E741
+O = 2
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
@@ -56,7 +56,9 @@ class Sample:
 SAMPLES: dict[Any, list[Sample]] = {}
 
 
-def sample(name: str, *args: Any, expect: str | tuple[str, ...], tangent: bool = False, truth: str = "check", **kwargs: Any) -> None:
+def sample(
+    name: str, *args: Any, expect: str | tuple[str, ...], tangent: bool = False, truth: str = "check", **kwargs: Any
+) -> None:
     for op in overloads(name):
         SAMPLES.setdefault(op, []).append(Sample(op, args, kwargs, expect, tangent, truth))
 
@@ -113,6 +115,7 @@ def half(*shape: int, at: Any = None) -> Input:
 BOTH, THREE = ("batched(0)",) * 2, ("batched(0)",) * 3
 
 # ------------------------------------------------------------------------------------------------------- pointwise
+# fmt: off
 
 for name in ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.maximum.default", "aten.atan2.default"):
     sample(name, x(B, T, D, at=0), x(D), expect="batched(0)")
@@ -140,8 +143,10 @@ sample("aten.frexp.Tensor", x(B, D, at=0), expect=BOTH)
 sample("prims.convert_element_type.default", x(B, D, at=0), torch.float32, expect="batched(0)")
 sample("aten._conj_physical.default", z(B, D, at=0), expect="batched(0)")
 sample("aten.conj_physical.default", z(B, D, at=0), expect="batched(0)")
+sample("prims.fma.default", x(B, D, at=0), x(B, D), x(B, D, at=0), expect="batched(0)")
+sample("prims.fma.default", x(B, B, at=0), x(B, B, at=1), x(B, B), expect="mixed")
 sample("aten._weight_norm_interface_backward.default", x(O, D), x(O, D), positive(O, 1), positive(O, 1), 0,
-       expect=("shared", "shared"), tangent=True, truth="shape")  # fmt: skip
+       expect=("shared", "shared"), tangent=True, truth="shape")
 
 # -- pointwise, not tagged
 sample("aten.copy.default", x(B, D), x(B, D, at=0), expect="batched(0)")
@@ -179,7 +184,7 @@ sample("aten.view_as_complex.default", x(T, B, 2, at=1), expect="batched(1)")
 # -- constants with the shape of a batched value
 for name, rest in (("full_like", (2.0,)), ("zeros_like", ()), ("ones_like", ()), ("empty_like", ()), ("new_zeros", ([B, 2],)),
                    ("new_ones", ([B, 2],)), ("new_full", ([B], 1.0)), ("new_empty", ([B],)),
-                   ("new_empty_strided", ([B, 2], [2, 1]))):  # fmt: skip
+                   ("new_empty_strided", ([B, 2], [2, 1]))):
     sample(f"aten.{name}.default", x(B, D, at=0), *rest, expect="shared", truth="shape" if "empty" in name else "check")
 sample("aten.empty_permuted.default", [B, D], [0, 1], expect="shared", truth="shape")
 
@@ -217,7 +222,7 @@ sample("aten.repeat.default", x(B, D, at=0), [2, 1], expect="batched(0, 2*B*1)")
 sample("aten.repeat.default", x(B, D, at=0), [T, 1, 2], expect="batched(1)")
 sample("aten.repeat.default", x(B * 2, D, at=(0, 1, 2)), [2, 3], expect="batched(0, 2*B*2)")
 for start, stop, state in ((0, B, "batched(0)"), (B, 3 * B, "batched(0, 2*B*1)"), (-B, 3 * B, "batched(0)"),
-                           (1, 1 + B, "mixed"), (0, 2, "mixed"), (0, 9223372036854775807, "batched(0, 3*B*1)")):  # fmt: skip
+                           (1, 1 + B, "mixed"), (0, 2, "mixed"), (0, 9223372036854775807, "batched(0, 3*B*1)")):
     sample("aten.slice.Tensor", x(3 * B, D, at=(0, 3, 1)), 0, start, stop, expect=state)
 sample("aten.slice.Tensor", x(3 * B, D, at=(0, 3, 1)), 0, 0, 3 * B, 3, expect="mixed")
 sample("aten.slice.Tensor", x(T, B, at=1), 0, 1, 3, expect="batched(1)")
@@ -309,7 +314,7 @@ ALONG: dict[str, tuple[Any, ...]] = {"amax.default": ([1],), "amin.default": ([1
          "all.dims": ([1],), "prod.dim_int": (1,), "argmax.default": (1,), "argmin.default": (1,), "max.dim": (1,), "min.dim": (1,),
          "var.correction": ([1],), "var_mean.correction": ([1],), "std.correction": ([1],), "std_mean.correction": ([1],),
          "logsumexp.default": ([1],), "linalg_vector_norm.default": (2, [1]), "median.dim": (1,), "mode.default": (1,),
-         "kthvalue.default": (2, 1), "nansum.default": ([1],), "count_nonzero.dim_IntList": ([1],)}  # fmt: skip
+         "kthvalue.default": (2, 1), "nansum.default": ([1],), "count_nonzero.dim_IntList": ([1],)}
 TWO_RESULTS = ("max.dim", "min.dim", "var_mean.correction", "std_mean.correction", "median.dim", "mode.default", "kthvalue.default")
 for name, along in ALONG.items():
     kind = mask if name.startswith(("any", "all")) else x
@@ -350,6 +355,12 @@ for name in ("aten._softmax_backward_data.default", "aten._log_softmax_backward_
     sample(name, x(2 * B, T, at=(0, 2, 1)), x(2 * B, T, at=(0, 1, 2)), -1, torch.float64, expect="mixed", tangent=True)
     sample(name, x(T, B, at=1), x(T, B, at=1), -1, torch.float64, expect="mixed", tangent=True)
 sample("prims.prepare_softmax_online.default", x(B, T, at=0), 1, expect=BOTH)
+sample("aten.glu.default", x(B, 4, at=0), expect="batched(0)")
+sample("aten.glu.default", x(4, B * 2, at=(1, 1, 2)), 0, expect="batched(1, 1*B*2)")
+sample("aten.glu.default", x(T, 2 * B, at=(1, 2, 1)), -1, expect="mixed")
+sample("aten.glu_backward.default", x(B, 2, at=0), x(B, 4, at=0), -1, expect="batched(0)", tangent=True)
+sample("aten.glu_backward.default", x(2, B, at=1), x(4, B), 0, expect="batched(1)", tangent=True)
+sample("aten.glu_backward.default", x(B, B, at=0), x(B, 2 * B, at=(1, 2, 1)), -1, expect="mixed", tangent=True)
 sample("prims.prepare_softmax_online.default", x(T, B, at=1), 1, expect=("mixed", "mixed"))
 
 # ---------------------------------------------------------------------------------------------------------- matmul
@@ -375,7 +386,7 @@ for name, lead in (("mm", ()), ("bmm", (2,))):
     row = len(lead)
     sample(f"aten.{name}.dtype", low(*lead, B, D, at=row), low(*lead, D, O), torch.float32, expect=f"batched({row})", truth="meta")
     sample(f"aten.{name}.dtype", low(*lead, D, B, at=row + 1), low(*lead, B, O, at=row), torch.float32, expect="partial",
-           tangent=True, truth="meta")  # fmt: skip
+           tangent=True, truth="meta")
 for name in ("aten.dot.default", "aten.vdot.default"):
     sample(name, x(B, at=0), x(B, at=0), expect="partial", tangent=True)
     sample(name, x(2 * B, at=(0, 2, 1)), x(2 * B), expect="partial", tangent=True)
@@ -404,6 +415,8 @@ sample("aten._trilinear.default", x(B, D, at=0), x(O, D, T), x(O, T, at=1), [1, 
 sample("aten.embedding.default", x(7, D), ids(7, B, T, at=0), expect="batched(0)")
 sample("aten.embedding.default", x(7, D), ids(7, T, B * 2, at=(1, 1, 2)), expect="batched(1, 1*B*2)")
 sample("aten.embedding.default", x(B, D, at=0), ids(B, T), expect="mixed")
+sample("aten.embedding_renorm.default", x(7, D), ids(7, B, T, at=0), 0.5, 2.0, expect="shared")
+sample("aten.embedding_renorm.default", x(B, D, at=0), ids(B, T), 0.5, 2.0, expect="mixed")
 sample("aten.embedding_dense_backward.default", x(B, T, D, at=0), ids(7, B, T, at=0), 7, -1, False, expect="partial", tangent=True)
 sample("aten.embedding_dense_backward.default", x(T, B, D, at=1), ids(7, T, B, at=1), 7, 2, False, expect="partial", tangent=True)
 sample("aten.embedding_dense_backward.default", x(2 * B, D, at=(0, 2, 1)), ids(7, 2 * B), 7, -1, False, expect="partial", tangent=True)
@@ -448,7 +461,7 @@ for name in ("aten.index_put.default", "aten._unsafe_index_put.default"):
     sample(name, zeros(4, B, 5, D), [ids(4, T), None, ids(5, T)], x(T, B, D, at=1), True, expect="batched(1)", tangent=True)
 sample("aten.index_put.default", x(B, D, at=0), [mask(B, at=0)], x(), False, expect="mixed")
 sample("aten._unsafe_masked_index_put_accumulate.default", zeros(7, D), mask(B, T, 1, at=0), [ids(7, B, T, at=0)], x(B, T, D, at=0),
-       expect="partial", tangent=True)  # fmt: skip
+       expect="partial", tangent=True)
 sample("aten._unsafe_masked_index_put_accumulate.default", zeros(7), mask(B, T), [ids(7, B, T)], x(B, T, at=0), expect="partial", tangent=True)
 sample("aten._unsafe_masked_index_put_accumulate.default", zeros(B, 7), mask(T), [None, ids(7, T)], x(B, T, at=0), expect="batched(0)", tangent=True)
 sample("aten.gather.default", x(B, 7, at=0), 1, ids(7, B, T, at=0), expect="batched(0)")
@@ -458,10 +471,12 @@ sample("aten.gather.default", x(B, 7), -1, ids(7, B, T, at=0), expect="batched(0
 sample("aten.gather.default", x(B, D, at=0), 0, ids(B, B, D, at=0), expect="mixed")
 sample("aten.gather.default", x(B, 7, at=0), 1, ids(7, 2, T), expect="mixed")
 sample("aten.gather.default", x(B, B, at=0), 1, ids(B, B, B, at=1), expect="mixed")
-for name, rest in (("aten.scatter.src", ()), ("aten.scatter_add.default", ()), ("aten.scatter_reduce.two", ("sum",)), ("aten.scatter_reduce.two", ("amax",))):
+SCATTERS = (("scatter.src", ()), ("scatter_add.default", ()), ("scatter_reduce.two", ("sum",)), ("scatter_reduce.two", ("amax",)))
+for short, rest in SCATTERS:
+    name = f"aten.{short}"
     adds = name != "aten.scatter.src" and rest != ("amax",)
     sample(name, x(B, 7, at=0), 1, drawn(lambda: torch.stack([torch.randperm(7)[:T] for _ in range(B)]), at=0), x(B, T, at=0), *rest,
-           expect="batched(0)", tangent=True)  # fmt: skip
+           expect="batched(0)", tangent=True)
     sample(name, zeros(B, 7), 1, drawn(lambda: torch.randperm(7)[:T].expand(B, T)), x(B, T, at=0), *rest, expect="batched(0)", tangent=True)
     sample(name, zeros(7, T), 0, ids(7, B, T, at=0), x(B, T, at=0), *rest, expect="partial" if adds else "mixed", tangent=True)
     sample(name, x(B, T, at=0), 0, ids(B, B, T, at=0), x(B, T, at=0), *rest, expect="mixed", tangent=True)
@@ -494,25 +509,25 @@ sample("aten.convolution.default", x(B, D, 5, at=0), x(B, D, 3, at=0), None, *CO
 sample("aten.convolution.default", x(T, D, 5), x(B, D, 3), x(B, at=0), *CONV1, expect="mixed")
 ALL = [True, True, True]
 sample("aten.convolution_backward.default", x(B, O, 5, at=0), x(B, D, 5, at=0), x(O, D, 3), [O], *CONV1, ALL,
-       expect=("batched(0)", "partial", "partial"), tangent=True)  # fmt: skip
+       expect=("batched(0)", "partial", "partial"), tangent=True)
 sample("aten.convolution_backward.default", x(2 * B, O, 5, at=(0, 2, 1)), x(2 * B, D, 5), x(O, D, 3), [O], *CONV1, ALL,
-       expect=("batched(0, 2*B*1)", "partial", "partial"), tangent=True)  # fmt: skip
+       expect=("batched(0, 2*B*1)", "partial", "partial"), tangent=True)
 sample("aten.convolution_backward.default", x(B, 4, 3, 3, at=0), x(B, 4, 5, 5, at=0), x(4, 2, 3, 2), [4], *CONV2, ALL,
-       expect=("batched(0)", "partial", "partial"), tangent=True)  # fmt: skip
+       expect=("batched(0)", "partial", "partial"), tangent=True)
 sample("aten.convolution_backward.default", x(B, O, 5, 5, at=0), x(B, D, 2, 2, at=0), x(D, O, 2, 2), [O], *CONVT, ALL,
-       expect=("batched(0)", "partial", "partial"), tangent=True)  # fmt: skip
+       expect=("batched(0)", "partial", "partial"), tangent=True)
 sample("aten.convolution_backward.default", x(B, O, 5), x(B, D, 5, at=0), x(O, D, 3), [O], *CONV1, ALL,
-       expect=("shared", "partial", "shared"), tangent=True)  # fmt: skip
+       expect=("shared", "partial", "shared"), tangent=True)
 sample("aten.convolution_backward.default", x(B, O, 5, at=0), x(B, D, 5, at=0), x(O, D, 3, at=2), [O], *CONV1, ALL,
-       expect=("mixed",) * 3, tangent=True)  # fmt: skip
+       expect=("mixed",) * 3, tangent=True)
 sample("aten.convolution_backward.default", x(2 * B, O, 5, at=(0, 2, 1)), x(2 * B, D, 5, at=(0, 1, 2)), x(O, D, 3), [O], *CONV1, ALL,
-       expect=("mixed",) * 3, tangent=True)  # fmt: skip
+       expect=("mixed",) * 3, tangent=True)
 
 
 def spatial(name: str, size: tuple[int, ...], *rest: Any, two: bool = False, backward: tuple[Any, ...] = ()) -> None:
     """Samples with the examples in N, in C, and (mixed) in the last dimension, which here has size B too."""
     for shape, at, state in (((B, 2, *size), 0, "batched(0)"), ((2, 2 * B, *size), (1, 2, 1), "batched(1, 2*B*1)"),
-                             ((2, 1, *size[:-1], 2 * B), (1 + len(size), 2, 1), "mixed")):  # fmt: skip
+                             ((2, 1, *size[:-1], 2 * B), (1 + len(size), 2, 1), "mixed")):
         sample(f"aten.{name}.default", x(*shape, at=at), *rest, expect=(state, state) if two else state)
 
 
@@ -527,7 +542,7 @@ for n in (1, 2, 3):
     spatial(f"reflection_pad{n}d", size, [1, 2] * n)
     spatial(f"replication_pad{n}d", size, [1, 2] * n)
 for name, n in (("upsample_linear1d", 1), ("upsample_bilinear2d", 2), ("upsample_trilinear3d", 3), ("upsample_bicubic2d", 2),
-                ("_upsample_bilinear2d_aa", 2)):  # fmt: skip
+                ("_upsample_bilinear2d_aa", 2)):
     spatial(name, (6,) * n, [9] * n, False)
 spatial("_unsafe_upsample_nearest2d", (6, 6), [9, 9])
 
@@ -560,23 +575,23 @@ for n in (1, 2, 3):
 
         at_ = at
         sample(f"aten.max_pool{n}d_with_indices_backward.default", g, own, [2] * n, [2] * n, [0] * n, [1] * n, False, drawn(places, at_),
-               expect=state, tangent=True)  # fmt: skip
+               expect=state, tangent=True)
         sample(f"aten.adaptive_max_pool{n}d_backward.default", g, own, drawn(places, at_), expect=state, tangent=True)
         if n == 2:
             sample("aten.max_unpool2d.default", g, drawn(places, at_), [6, 6], expect=state)
             sample("aten.fractional_max_pool2d_backward.default", g, own, [2, 2], [3, 3], drawn(places, at_), expect=state, tangent=True)
             sample("aten.fractional_max_pool2d.default", own, [2, 2], [3, 3], positive(*lead, 2, at=at_), expect=(state, state))
 sample("aten.max_pool2d_with_indices_backward.default", x(1, B, 3, 3, at=1), x(1, B, 6, 6), [2, 2], [2, 2], [0, 0], [1, 1], False,
-       drawn(lambda: aten.max_pool2d_with_indices.default(torch.randn(1, B, 6, 6), [2, 2])[1]), expect="batched(1)", tangent=True)  # fmt: skip
+       drawn(lambda: aten.max_pool2d_with_indices.default(torch.randn(1, B, 6, 6), [2, 2])[1]), expect="batched(1)", tangent=True)
 sample("aten.avg_pool2d_backward.default", x(2, 1, 3, B, at=3), x(2, 1, 6, 2 * B, at=(3, 1, 2)), [2, 2], [2, 2], [0, 0], False, True, None,
-       expect="mixed", tangent=True)  # fmt: skip
+       expect="mixed", tangent=True)
 LOW = ([2, 2], [2, 2], [0, 0], [1, 1])
 sample("prims._low_memory_max_pool_with_offsets.default", x(B, 2, 6, 6, at=0), *LOW, False, expect=BOTH)
 sample("prims._low_memory_max_pool_with_offsets.default", x(2, 1, 6, 2 * B, at=(3, 2, 1)), *LOW, False, expect=("mixed", "mixed"))
 sample("prims._low_memory_max_pool_with_offsets.default", x(2, 1, 2 * B, 6, 6, at=(2, 2, 1)), [2] * 3, [2] * 3, [0] * 3, [1] * 3, False,
-       expect=("mixed", "mixed"))  # fmt: skip
+       expect=("mixed", "mixed"))
 sample("prims._low_memory_max_pool_offsets_to_indices.default", drawn(lambda: torch.randint(4, (B, 2, 3, 3), dtype=torch.int8), at=0), [2, 2], [6, 6],
-       [2, 2], [0, 0], [1, 1], expect="batched(0)")  # fmt: skip
+       [2, 2], [0, 0], [1, 1], expect="batched(0)")
 
 GRID = (0, 0, False)
 for n in (2, 3):
@@ -599,8 +614,12 @@ sample("aten.channel_shuffle.default", x(2, 4 * B, 2, 2, at=(1, 2, 2)), 2, expec
 sample("aten._cdist_forward.default", x(B, T, D, at=0), x(B, 4, D, at=0), 2.0, None, expect="batched(0)")
 sample("aten._cdist_forward.default", x(B, D, at=0), x(B, D, at=0), 2.0, None, expect="mixed")
 sample("aten._cdist_forward.default", x(B, B, T, D, at=0), x(B, 4, D, at=0), 2.0, None, expect="mixed")
+sample("aten._cdist_forward.default", x(B, T, D, at=0), x(4, D), 2.0, None, expect="batched(0)")
+sample("aten._cdist_forward.default", x(B, T, D, at=0), x(B, B, 4, D), 2.0, None, expect="mixed")
+sample("aten._cdist_backward.default", x(B, 4, T, at=0), x(4, D), x(B, T, D, at=0), 2.0, positive(B, 4, T, at=0),
+       expect="batched(0)", tangent=True)
 sample("aten._cdist_backward.default", x(B, T, 4, at=0), x(B, T, D, at=0), x(B, 4, D, at=0), 2.0, positive(B, T, 4, at=0),
-       expect="batched(0)", tangent=True)  # fmt: skip
+       expect="batched(0)", tangent=True)
 
 sample("aten.native_layer_norm.default", x(B, T, D, at=0), [D], x(D), x(D), 1e-5, expect=THREE)
 sample("aten.native_layer_norm.default", x(T, B, D, at=1), [D], None, None, 1e-5, expect=("batched(1)",) * 3)
@@ -613,18 +632,18 @@ sample("aten._fused_rms_norm.default", x(T, B, at=1), [B], None, 1e-5, expect=("
 for lead, at, state in (((B, T), 0, "batched(0)"), ((T, B), 1, "batched(1)"), ((2 * B,), (0, 2, 1), "batched(0, 2*B*1)")):
     stats = [positive(*lead, 1, at=at), positive(*lead, 1, at=at)]
     sample("aten.native_layer_norm_backward.default", x(*lead, D, at=at), x(*lead, D, at=at), [D], *stats, x(D), x(D), ALL,
-           expect=(state, "partial", "partial"), tangent=True)  # fmt: skip
+           expect=(state, "partial", "partial"), tangent=True)
     low = [half(*lead, D, at=at), half(*lead, D, at=at), [D], half(*lead, 1, at=at), half(D)]  # the op exists on CUDA only
     sample("aten._fused_rms_norm_backward.default", *low, [True, True], expect=(state, "partial"), tangent=True, truth="meta")
 sample("aten.native_layer_norm_backward.default", x(T, B, at=1), x(T, B, at=1), [B], x(T, 1), positive(T, 1), x(B), x(B), ALL,
-       expect=("mixed",) * 3, tangent=True)  # fmt: skip
+       expect=("mixed",) * 3, tangent=True)
 sample("aten._fused_rms_norm_backward.default", half(T, B, at=1), half(T, B, at=1), [B], half(T, 1), half(B), [True, True],
-       expect=("mixed",) * 2, tangent=True, truth="meta")  # fmt: skip
+       expect=("mixed",) * 2, tangent=True, truth="meta")
 sample("aten.native_group_norm.default", x(B, 4, 5, at=0), x(4), x(4), B, 4, 5, 2, 1e-5, expect=THREE)
 sample("aten.native_group_norm.default", x(2 * B, 4, 5, at=(0, 2, 1)), x(4), None, 2 * B, 4, 5, 2, 1e-5, expect=("batched(0, 2*B*1)",) * 3)
 sample("aten.native_group_norm.default", x(2, B, 5, at=1), None, None, 2, B, 5, 1, 1e-5, expect=("mixed",) * 3)
 sample("aten.native_group_norm_backward.default", x(B, 4, 5, at=0), x(B, 4, 5, at=0), x(B, 2, at=0), positive(B, 2, at=0), x(4), B, 4, 5, 2, ALL,
-       expect=("batched(0)", "partial", "partial"), tangent=True)  # fmt: skip
+       expect=("batched(0)", "partial", "partial"), tangent=True)
 
 H = 2
 
@@ -645,7 +664,7 @@ sample(f"{CPU}.default", x(H, T, B, 4, at=2), x(H, T, B, 4, at=2), x(H, T, B, 4,
 sample(f"{CPU}.default", x(B, B, T, 4, at=0), x(B, B, 5, 4, at=1), x(B, B, 5, 4, at=1), expect=("mixed", "mixed"))
 sample(f"{CPU}_backward.default", x(B, H, T, 4, at=0), *qkv(), x(B, H, T, 4, at=0), x(B, H, T, at=0), 0.0, False, expect=THREE, tangent=True)
 sample(f"{CPU}_backward.default", x(H, B, T, 4, at=1), *qkv(H, B, 1), x(H, B, T, 4, at=1), x(H, B, T, at=1), 0.0, False,
-       expect=("batched(1)",) * 3, tangent=True)  # fmt: skip
+       expect=("batched(1)",) * 3, tangent=True)
 
 
 def elsewhere(name: str, *args: Any, expect: tuple[str, ...], **kwargs: Any) -> None:
@@ -667,7 +686,7 @@ elsewhere("cudnn_attention", *[heads] * 3, None, True, expect=(b0, b0, *["shared
 elsewhere("cudnn_attention_backward", *[heads] * 5, lse, long(), long(), None, None, None, 8, 8, 0.0, False, expect=(b0,) * 3, tangent=True)
 elsewhere("fused_attention_overrideable", *[heads] * 3, bias, expect=(b0, b0, *["shared"] * 7))
 elsewhere("fused_attention_overrideable_backward", *[heads] * 4, bias, [True] * 4, heads, lse, None, None, 8, 8, 0.0, False, long(), long(),
-          expect=(b0,) * 4, tangent=True)  # fmt: skip
+          expect=(b0,) * 4, tangent=True)
 
 sample("aten._fft_r2c.default", x(B, 4, at=0), [1], 0, True, expect="batched(0)")
 sample("aten._fft_r2c.default", x(T, B, at=1), [1], 0, True, expect="mixed")

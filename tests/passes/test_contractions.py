@@ -64,8 +64,23 @@ class OneOp:
     """A graph of one op. ``batched`` gives the states of its inputs by position, ``linear`` the positions whose rows of
     other examples may be zeroed to leave one example alone."""
 
-    def __init__(self, fold: Fold, target: Any, args: list[Any], batched: dict[int, Batched], linear: list[int], result: int | None = None) -> None:
-        self.fold, self.target, self.args, self.batched, self.linear, self.result = fold, target, args, batched, linear, result
+    def __init__(
+        self,
+        fold: Fold,
+        target: Any,
+        args: list[Any],
+        batched: dict[int, Batched],
+        linear: list[int],
+        result: int | None = None,
+    ) -> None:
+        self.fold, self.target, self.args, self.batched, self.linear, self.result = (
+            fold,
+            target,
+            args,
+            batched,
+            linear,
+            result,
+        )
         self.graph, self.mode = Graph(), FakeTensorMode()
         self.inputs: dict[Node, Tensor] = {}
         self.at: dict[int, Node] = {}
@@ -95,7 +110,7 @@ class OneOp:
         return node
 
     def alone(self, b: int) -> Tensor:
-        values = {n: v for n, v in self.inputs.items()}
+        values = dict(self.inputs.items())
         for position in self.linear:
             node = self.at[position]
             values[node] = self.fold.only(values[node], self.batched[position].dim, b)
@@ -122,7 +137,7 @@ def floats(dtype: torch.dtype, *shape: int) -> Tensor:
 
 @examples
 @given(FOLDS, SIZE, SIZE, st.sampled_from(["both", "x", "g"]), DTYPES)
-def test_mm(fold: Fold, I: int, O: int, batched: str, dtype: torch.dtype) -> None:  # noqa: E741
+def test_mm(fold: Fold, I: int, O: int, batched: str, dtype: torch.dtype) -> None:
     states = {0: fold.at(1), 1: fold.at(0)}
     if batched != "both":
         states = {0: states[0]} if batched == "x" else {1: states[1]}
@@ -132,7 +147,7 @@ def test_mm(fold: Fold, I: int, O: int, batched: str, dtype: torch.dtype) -> Non
 
 @examples
 @given(FOLDS, SIZE, SIZE, SIZE, DTYPES)
-def test_bmm(fold: Fold, E: int, I: int, O: int, dtype: torch.dtype) -> None:  # noqa: E741
+def test_bmm(fold: Fold, E: int, I: int, O: int, dtype: torch.dtype) -> None:
     args = [floats(dtype, E, I, fold.rows), floats(dtype, E, fold.rows, O)]
     OneOp(fold, aten.bmm.default, args, {0: fold.at(2), 1: fold.at(1)}, [0]).check(Matmul)
 
@@ -163,7 +178,9 @@ def test_embedding_dense_backward(fold: Fold, T: int, dim: int, padding: int, dt
 
 
 @examples
-@given(FOLDS, SIZE, st.integers(0, 1), st.sampled_from(["one", "two", "negative", "shared ids", "shared values"]), DTYPES)
+@given(
+    FOLDS, SIZE, st.integers(0, 1), st.sampled_from(["one", "two", "negative", "shared ids", "shared values"]), DTYPES
+)
 def test_index_put(fold: Fold, T: int, dim: int, kind: str, dtype: torch.dtype) -> None:
     lead = (fold.rows, T) if dim == 0 else (T, fold.rows)
     low = -4 if kind == "negative" else 0
@@ -195,8 +212,15 @@ def _zeros_in_graph(one: OneOp, table: Node) -> None:
 @given(FOLDS, SIZE, st.booleans(), DTYPES)
 def test_masked_index_put(fold: Fold, T: int, wide: bool, dtype: torch.dtype) -> None:
     lead, rest = (fold.rows, T), (2,) if wide else ()
-    args = [torch.zeros(4, *rest, dtype=dtype), torch.rand(*lead, *[1] * len(rest)) > 0.4, [torch.randint(4, lead)], floats(dtype, *lead, *rest)]
-    one = OneOp(fold, aten._unsafe_masked_index_put_accumulate.default, args, {1: fold.at(0), 2: fold.at(0), 3: fold.at(0)}, [3])
+    args = [
+        torch.zeros(4, *rest, dtype=dtype),
+        torch.rand(*lead, *[1] * len(rest)) > 0.4,
+        [torch.randint(4, lead)],
+        floats(dtype, *lead, *rest),
+    ]
+    one = OneOp(
+        fold, aten._unsafe_masked_index_put_accumulate.default, args, {1: fold.at(0), 2: fold.at(0), 3: fold.at(0)}, [3]
+    )
     _zeros_in_graph(one, one.node.graph.find_nodes(op="placeholder")[0])
     one.check(Lookup)
 
@@ -252,7 +276,16 @@ def test_convolution(fold: Fold, conv: tuple[Any, ...], dtype: torch.dtype) -> N
 def test_normalisation_is_lifted(fold: Fold, dim: int, dtype: torch.dtype) -> None:
     lead = (fold.rows, 2) if dim == 0 else (2, fold.rows)
     x, g, at = floats(dtype, *lead, 3), floats(dtype, *lead, 3), fold.at(dim)
-    args = [g, x, [3], floats(dtype, *lead, 1), floats(dtype, *lead, 1).abs(), floats(dtype, 3), floats(dtype, 3), [True] * 3]
+    args = [
+        g,
+        x,
+        [3],
+        floats(dtype, *lead, 1),
+        floats(dtype, *lead, 1).abs(),
+        floats(dtype, 3),
+        floats(dtype, 3),
+        [True] * 3,
+    ]
     for result in (1, 2):
         states = {0: at, 1: at, 3: at, 4: at}
         OneOp(fold, aten.native_layer_norm_backward.default, args, states, [0], result).check(Lifted)

@@ -33,7 +33,9 @@ class Call:
         self.others: dict[Node, Any] = {}
         is_leaf = lambda a: isinstance(a, (Input, Made))  # noqa: E731
         self.inputs: dict[Input, Node] = {}
-        leaves = [a for a in tree_flatten((sample.args, sample.kwargs), is_leaf=is_leaf)[0] if isinstance(a, (Input, Made))]
+        leaves = [
+            a for a in tree_flatten((sample.args, sample.kwargs), is_leaf=is_leaf)[0] if isinstance(a, (Input, Made))
+        ]
         for leaf in dict.fromkeys(leaves):
             self._add(leaf)
         args, kwargs = tree_map(lambda a: self._node(a), (sample.args, sample.kwargs), is_leaf=is_leaf)
@@ -74,7 +76,11 @@ class Call:
             heads = next(iter(self.values.values()))
             count = len(self.sample.expect)
             lse = heads.new_empty(heads.shape[:3])
-            return (heads,) * count if self.sample.tangent else (heads, lse, *[heads.new_empty(()) for _ in range(count - 2)])
+            return (
+                (heads,) * count
+                if self.sample.tangent
+                else (heads, lse, *[heads.new_empty(()) for _ in range(count - 2)])
+            )
 
     @property
     def claim(self) -> Any:
@@ -129,9 +135,13 @@ def check_partial(call: Call, index: int) -> None:
     changes = [call.replaced([b])[index] - before for b in range(B)]
     torch.testing.assert_close(call.replaced(list(range(B)))[index] - before, sum(changes))
     assert any(c.abs().max() > 1e-6 for c in changes), "no example contributes: the sample shows nothing"
-    zeros = {n: torch.zeros_like(v) if n in call.states and v.is_floating_point() else v for n, v in call.values.items()}
+    zeros = {
+        n: torch.zeros_like(v) if n in call.states and v.is_floating_point() else v for n, v in call.values.items()
+    }
     if any(v.is_floating_point() for n, v in call.values.items() if n in call.states):
-        assert outputs(call.run(zeros))[index].abs().max() < 1e-9, "no sum of contributions: it has a part that no example owns"
+        assert outputs(call.run(zeros))[index].abs().max() < 1e-9, (
+            "no sum of contributions: it has a part that no example owns"
+        )
 
 
 def check_shared(call: Call, index: int) -> None:
@@ -157,7 +167,9 @@ def test_rule(sample: Sample) -> None:
     if isinstance(claims[0], Mixed) and len(claims) == 1 and isinstance(sample.expect, tuple):
         claims *= len(sample.expect)
     found = tuple(describe(c) for c in claims)
-    assert found == (sample.expect if isinstance(sample.expect, tuple) else (sample.expect,)), [c.reason for c in claims if isinstance(c, Mixed)]
+    assert found == (sample.expect if isinstance(sample.expect, tuple) else (sample.expect,)), [
+        c.reason for c in claims if isinstance(c, Mixed)
+    ]
     for index, (state, value) in enumerate(zip(claims, outputs(call.node.meta["val"]), strict=True)):
         if isinstance(state, Batched):
             labels(state, value.shape[state.dim])
@@ -250,7 +262,11 @@ def members(call: Call, group: frozenset[str]) -> list[Node]:
     found = []
     for name, value in arguments(call.node).items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            if name in group and isinstance(item, Node) and (call.values[item].is_floating_point() or call.values[item].is_complex()):
+            if (
+                name in group
+                and isinstance(item, Node)
+                and (call.values[item].is_floating_point() or call.values[item].is_complex())
+            ):
                 found.append(item)
     return list(dict.fromkeys(found))
 
@@ -286,3 +302,42 @@ def test_one_argument_of_a_joint_group_may_be_shared() -> None:
 def test_rules_are_plain_functions_of_the_op() -> None:
     for function in dict.fromkeys(RULES.values()):
         assert list(inspect.signature(function).parameters) == ["op"], function
+
+
+# ------------------------------------------------------------------------------------- the checks themselves can fail
+
+
+def planted(name: str, index: int) -> Call:
+    space, op, overload = name.split(".")
+    return Call(SAMPLES[getattr(getattr(getattr(torch.ops, space), op), overload)][index])
+
+
+@pytest.mark.parametrize(
+    "name, index, claim",
+    [
+        ("aten.roll.default", 1, Batched(0)),
+        ("aten.mm.default", 6, Batched(0)),  # in-batch negatives
+        ("aten.view.default", 0, Batched(0, B, 1)),  # folded the wrong way round
+        ("aten.slice.Tensor", 3, Batched(0)),
+        ("aten.index.Tensor", 8, Batched(0)),
+        ("aten.add.Tensor", 4, Batched(0)),
+        ("aten.bmm.default", 5, Batched(1)),
+    ],
+)
+def test_a_wrong_batched_is_noticed(name: str, index: int, claim: Batched) -> None:
+    call = planted(name, index)
+    assert describe(call.claim) != describe(claim)
+    with pytest.raises(AssertionError, match="rows of other examples"):
+        check_batched(call, claim, 0)
+
+
+@pytest.mark.parametrize("name, index", [("aten.amax.default", 3), ("aten.mm.default", 6), ("aten.exp.default", 0)])
+def test_a_wrong_partial_is_noticed(name: str, index: int) -> None:
+    with pytest.raises(AssertionError):
+        check_partial(planted(name, index), 0)
+
+
+@pytest.mark.parametrize("name, index", [("aten.mm.default", 0), ("aten.slice.Tensor", 8), ("aten.cumsum.default", 2)])
+def test_a_wrong_shared_is_noticed(name: str, index: int) -> None:
+    with pytest.raises(AssertionError):
+        check_shared(planted(name, index), 0)
