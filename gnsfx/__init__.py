@@ -1,10 +1,11 @@
 """Exact per-example gradient norms and the gradient noise scale, from ``torch.compile(model, backend="gns")``."""
 
 from gnsfx.backend import compile, measuring
-from gnsfx.collector import mark_batch, per_example_sq_norms, sq_norms
+from gnsfx.collector import per_example_sq_norms, sq_norms
 from gnsfx.coverage import coverage
 from gnsfx.errors import GnsError
 from gnsfx.explain import explain
+from gnsfx.marks import mark_batch
 from gnsfx.noise_scale import NoiseScale
 from gnsfx.passes.rules import register_rule
 from gnsfx.verify import verify

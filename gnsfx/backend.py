@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
 from gnsfx.capture import Capture, read_capture, trains
-from gnsfx.collector import Collectors, collectors_of, leave_out
 from gnsfx.config import Options, debug_level, split_options
 from gnsfx.errors import GnsWarning, RefusedError
+from gnsfx.leaves import Collectors, collectors_of, leave_out
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Plan, Report, rewrite
 from gnsfx.passes.rules import RULES
@@ -193,10 +193,14 @@ class CapturedGraph:
 
     def refusal_of(self, slot: int, norms: Tensor | None) -> str | None:
         """Why a slot is refused. After a compile-cache hit the flags in the norms are read once, instead of tracing."""
-        if self._refusals is None and self._report is None and norms is not None and not (norms[0, :-1] == REFUSED).any():
+        if (
+            self._refusals is None
+            and self._report is None
+            and norms is not None
+            and not (norms[0, :-1] == REFUSED).any()
+        ):
             self._refusals = {}
         return self.refusals.get(slot)
-
 
     def coupled(self, norms: Tensor | None) -> str | None:
         """Why a gradient that this graph hands to an earlier one is not apart by example; None if all are."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gnsfx import collector
+from gnsfx import collector, leaves
 from gnsfx.passes.measure import Record
 
 Status = Literal["measured", "estimated", "refused", "not compiled", "unused"]
@@ -92,7 +92,7 @@ def coverage(model: nn.Module) -> Coverage:
     ``named_parameters()`` gives. Call it after a forward pass: compiling happens there. After a compile-cache hit the
     graphs are traced again, which takes as long as tracing took.
     """
-    seen = any(collector.collectors_of(p) for p in model.parameters())
+    seen = any(leaves.collectors_of(p) for p in model.parameters())
     everything = None if seen else collector.diagnose(model)
     return Coverage(_row(name, parameter, everything) for name, parameter in model.named_parameters())
 
@@ -101,14 +101,14 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
     shape = tuple(parameter.shape)
     if not parameter.requires_grad:
         return Row(name, shape, "unused", reason=FROZEN)
-    found = [_of_graph(c, slot) for c, slot in collector.collectors_of(parameter)]
+    found = [_of_graph(c, slot) for c, slot in leaves.collectors_of(parameter)]
     if found:
         status, operation, _, reason = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
-        if status != "refused" and collector.is_foreign(parameter):
-            return Row(name, shape, "refused", operation, reason=collector.FOREIGN)
+        if status != "refused" and leaves.is_foreign(parameter):
+            return Row(name, shape, "refused", operation, reason=leaves.FOREIGN)
         paths = dict.fromkeys(row[2] for row in found if row[2]) if status != "refused" else {}
         return Row(name, shape, status, operation, " | ".join(paths), reason)
-    if (left_out := collector.left_out(parameter)) is not None:
+    if (left_out := leaves.left_out(parameter)) is not None:
         return Row(name, shape, "unused", reason=left_out)
     return Row(
         name, shape, "not compiled", reason=everything or (NEVER_CALLED if parameter.grad is None else ELSEWHERE)
@@ -118,7 +118,7 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
 _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused", "not compiled")
 
 
-def _of_graph(owner: collector.Collector, slot: int) -> tuple[Status, str, str, str]:
+def _of_graph(owner: leaves.Collector, slot: int) -> tuple[Status, str, str, str]:
     record: Record = owner.graph.report.records[slot]
     if (reason := owner.refused.get(slot)) is not None:
         return "refused", record.operation, "", reason

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnsfx import collector, estimators
+from gnsfx import collector, estimators, leaves
 from gnsfx.errors import GnsWarning, NotMeasuredError, OptionError
 
 Grouping = str | Mapping[str, str | Iterable[str]] | Callable[..., Hashable | None]
@@ -392,7 +392,7 @@ def _track(state: _State | None, found: collector.Totals, half_life: float | Non
         for name, reason in zip(found.names, found.refusals, strict=True)
         if reason is not None and parameters[name].grad is not None
     }
-    state.unselected = {name for name in gaps if collector.left_out(parameters[name]) is not None}
+    state.unselected = {name for name in gaps if leaves.left_out(parameters[name]) is not None}
     state.excluded = {name: reason for name, reason in gaps.items() if name not in state.unselected}
     return state
 

@@ -106,9 +106,9 @@ def find_coupling(view: JointGraph, states: States, plan: Plan) -> str | None:
         before, after = states.get(view.inputs[index]), states.get(gradient)
         if isinstance(after, Mixed):
             return explain_mixed(after)
-        apart = isinstance(before, Batched) and isinstance(after, Batched)
-        if apart and before.dim == after.dim and same_fold(before, after):
-            continue
+        if isinstance(before, Batched) and isinstance(after, Batched):
+            if before.dim == after.dim and same_fold(before, after):
+                continue
         if isinstance(before, Shared) and isinstance(after, Shared) and not after.doubt:
             continue
         return "a later graph sums its gradient over the examples"

@@ -33,7 +33,9 @@ from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, sam
 
 States = dict[Node, Any]
 ACCUMULATION = "Gradient addition node"
-OUTSIDE = "a result computed from parameters alone leaves the compiled graph, and how examples use it there is not known"
+OUTSIDE = (
+    "a result computed from parameters alone leaves the compiled graph, and how examples use it there is not known"
+)
 COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
 
 
@@ -129,7 +131,11 @@ def _linear(node: Node, states: States) -> State:
             state = states.get(item) if isinstance(item, Node) else None
             partial |= {name} if isinstance(state, Partial) else set()
             batched |= isinstance(state, Batched)
-            if isinstance(state, Shared) and state.doubt and name in ("self", "other", "tensors", "src", "values", "a", "c"):
+            if (
+                isinstance(state, Shared)
+                and state.doubt
+                and name in ("self", "other", "tensors", "src", "values", "a", "c")
+            ):
                 return Mixed(state.doubt, node)
     if batched:
         return Mixed(COUPLED, node)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gnsfx import collector, estimators
+from gnsfx import collector, estimators, leaves
 from gnsfx.errors import GnsError, GnsWarning, NotMeasuredError, OptionError
 from gnsfx.noise_scale import NoiseScale
 
@@ -287,7 +287,7 @@ def test_a_refusal_known_to_the_compiled_graph_only(source, model):
 
 
 def test_what_the_user_left_out_is_no_reason_to_warn(source, model, monkeypatch):
-    monkeypatch.setattr(collector, "left_out", lambda parameter: "not selected" if parameter.ndim > 1 else None)
+    monkeypatch.setattr(leaves, "left_out", lambda parameter: "not selected" if parameter.ndim > 1 else None)
     source.refused = dict.fromkeys(("0.weight", "2.weight"), "no compiled graph measures it")
     noise = NoiseScale(model)
     next(run(source, model, noise, [8]))

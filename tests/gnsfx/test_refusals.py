@@ -250,7 +250,11 @@ def test_coupling_in_a_later_graph_reaches_the_earlier_ones(kind: str) -> None:
     model, x = Across(kind).double(), zoo.floats(4, 4)
     compiled = torch.compile(model, backend="gns", options=EAGER)
     zoo.squares(compiled(x)).sum().backward()
-    reasons = {m.name: m.refusal for m in collector.measurements(model) if m.refusal and model.get_parameter(m.name).grad is not None}
+    reasons = {
+        m.name: m.refusal
+        for m in collector.measurements(model)
+        if m.refusal and model.get_parameter(m.name).grad is not None
+    }
     expected = {"centred": {"first.weight", "first.bias"}, "weight": {"first.weight"}, "apart": set()}
     assert set(reasons) == expected[kind]
     assert kind != "centred" or "later graph" in reasons["first.weight"]

@@ -15,7 +15,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import gnsfx
-from gnsfx import collector
+from gnsfx import collector, leaves
 from gnsfx.errors import NotMeasuredError
 from tests import oracle, zoo
 
@@ -102,14 +102,14 @@ def test_two_backwards_through_one_forward_are_refused(model: nn.Module, compile
         losses = batch()(compiled)
         losses.mean().backward(retain_graph=True)
         losses.sum().backward()
-    assert {m.refusal for m in collector.measurements(model)} == {collector.TWICE_THROUGH_ONE_FORWARD}
+    assert {m.refusal for m in collector.measurements(model)} == {leaves.TWICE_THROUGH_ONE_FORWARD}
 
 
 def test_eager_use_of_a_measured_parameter_is_refused(model: nn.Module, compiled: nn.Module) -> None:
     call = batch()
     (call(compiled).mean() + model.head.weight.square().sum()).backward()
     refused = {m.name: m.refusal for m in collector.measurements(model) if m.refusal}
-    assert refused == {"wte.weight": collector.FOREIGN}
+    assert refused == {"wte.weight": leaves.FOREIGN}
     model.zero_grad()
     call(compiled).mean().backward()
     agree(model, truth(model, call))

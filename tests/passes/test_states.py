@@ -54,7 +54,7 @@ def reshapes(draw: st.DrawFn) -> tuple[Batched, list[int], list[int], int]:
     if draw(st.booleans()):
         after = [*draw(st.sampled_from(factorisations(int(pre)))), B, *draw(st.sampled_from(factorisations(int(post))))]
         at = draw(st.integers(0, len(after) - 1))
-        after = after[:at] + [int(product(after[at : at + 2]))] + after[at + 2 :]  # and fold two neighbours
+        after = [*after[:at], int(product(after[at : at + 2])), *after[at + 2 :]]  # and fold two neighbours
     else:
         after = draw(st.sampled_from(factorisations(int(total))))
     return Batched(dim, outer, inner), before, after, B

@@ -1,0 +1,373 @@
+"""Where the norms arrive: leaf tensors, one for each compiled graph and tuple of parameters it is called with.
+
+One compiled graph serves every module that shares its code, so the leaf is looked up at each call by the parameters
+that came in. ``leaf.grad`` is (2, n + 1): sums over examples of |c_b|^2 and the number of examples, per parameter, and a
+column that says whether gradients handed to earlier graphs are apart by example; autograd accumulates it like any
+gradient. What belongs to one step is decided when a backward begins: a parameter whose ``.grad`` is None or zero starts
+anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode
+
+# id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
+_tracked: dict[int, Tracked] = {}
+TWICE_IN_ONE_BACKWARD = (
+    "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
+    "compile the module that contains both uses"
+)
+TWICE_THROUGH_ONE_FORWARD = (
+    "backward ran twice through one forward pass, so their cross term is lost; add the losses and call backward once"
+)
+FOREIGN = (
+    "its gradient has a part that no compiled graph measured: it is also used in eager code, in a graph compiled with another backend, "
+    "or under gnsfx.measuring(False); compile the module that contains all uses"
+)
+
+
+PRODUCER = "gnsfx"  # key in the metadata of an autograd node
+MOST_EAGER_NODES = 10_000
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+class Tracked:
+    """One parameter: the collectors that measure it, and whether all of its gradient came through them."""
+
+    __slots__ = ("_arrived", "_foreign", "collectors", "expected", "parameter")
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.collectors: list[tuple[Collector, int]] = []
+        self.expected: tuple[int, int, int] | None = None
+        key = id(parameter)
+        self.parameter = weakref.ref(parameter, lambda _: _tracked.pop(key, None))
+        _tracked[key] = self
+        self._foreign = False
+        self._arrived: tuple[bool, tuple[int, int] | None] | None = None
+        parameter.register_hook(self._arriving)
+
+    def _arriving(self, grad: Tensor | None) -> None:
+        """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
+        self._resolve()
+        ours = grad is None or self.expected == (current_backward(), _address(grad), grad._version)
+        self._arrived, self.expected = (ours, self._stamp()), None
+
+    def _stamp(self) -> tuple[int, int] | None:
+        parameter = self.parameter()
+        grad = parameter.grad if parameter is not None else None
+        return None if grad is None else (_address(grad), grad._version)
+
+    def _resolve(self) -> None:
+        """``torch.autograd.grad`` runs the hook too, but adds nothing to ``.grad``: only what was added counts."""
+        if self._arrived is None:
+            return
+        (ours, before), self._arrived = self._arrived, None
+        if self._stamp() != before:
+            self._foreign = not ours or (self._foreign and before is not None)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether ``.grad`` has a part that came from elsewhere."""
+        self._resolve()
+        return self._foreign
+
+    def reset(self) -> None:
+        self._arrived, self._foreign = None, False
+
+
+class Collector:
+    """The leaf of one graph for one tuple of parameters."""
+
+    def __init__(
+        self, graph: Any, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.graph = graph
+        self.parameters = [weakref.ref(p) for p in parameters]
+        self.leaf = torch.zeros(2, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
+        self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
+        self.per_example: list[Tensor] = []
+        self.refused: dict[int, str] = {}
+        self.epoch = 0  # counts how often everything was zeroed
+        self.begun = -1  # the backward that last ran through the graph
+        self.accumulated = -1  # the backward that last left something in the leaf
+        self._calls: list[Call] = []
+        self._seen: dict[int, tuple[int, int]] = {}
+        weak = weakref.ref(self)
+        self.leaf.register_post_accumulate_grad_hook(lambda _: (me := weak()) and me.end())
+        self._positions: list[int | None] | None = None
+        self.tracked = []
+        for slot, parameter in enumerate(parameters):
+            tracked = tracked_of(parameter) or Tracked(parameter)
+            tracked.collectors.append((self, slot))
+            self.tracked.append(tracked)
+
+    def coupled(self, seen: set[Collector] | None = None) -> str | None:
+        """Why a later graph hands back gradients that are not apart by example; None if all do."""
+        seen = {self} if seen is None else seen
+        for later in self.later:
+            if later in seen:
+                continue
+            seen.add(later)
+            reason = later.graph.coupled(later.leaf.grad) or later.coupled(seen)
+            if reason is not None:
+                return reason
+        return None
+
+    def _live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
+        """(slot, parameter, other collectors of the parameter)."""
+        live = [(s, p) for s, r in enumerate(self.parameters) if (p := r()) is not None]
+        return [(s, p, [e for e in self.tracked[s].collectors if e[0] is not self]) for s, p in live]
+
+    def begin(self, call: Call) -> None:
+        """A backward is about to run through ``call``: start anew what was zeroed since the last one."""
+        task = current_backward()
+        if call.begun == task:
+            return  # another result of the same call
+        call.begun = task
+        if self.begun != task:
+            self.begun, self._calls = task, []
+        self._calls.append(call)
+        if len(self._calls) > 1:
+            return
+        fresh: list[int] = []
+        suspects: list[int] = []
+        stale: dict[Collector, list[int]] = {}
+        for slot, parameter, others in self._live():
+            if any(c.accumulated == task for c, _ in others):
+                continue  # refused below; its gradient of this backward may be there already
+            if parameter.grad is None:
+                fresh.append(slot)
+                self._seen.pop(slot, None)
+                for collector, at in others:
+                    stale.setdefault(collector, []).append(at)
+            elif not self._untouched(slot, parameter.grad):
+                suspects.append(slot)
+        self.clear(fresh)
+        for collector, slots in stale.items():
+            collector.clear(slots)
+        if suspects:
+            self._clear_zeroed(suspects)
+
+    def locate(self, node: Any) -> None:
+        """Find each parameter among the inputs of the compiled backward; the same at every call."""
+        if self._positions is None:
+            at = {
+                id(v): i
+                for i, (edge, _) in enumerate(node.next_functions)
+                if (v := getattr(edge, "variable", None)) is not None
+            }
+            self._positions = [at.get(id(r())) for r in self.parameters]
+
+    def passed(self, grads: Sequence[Tensor | None]) -> None:
+        """The compiled backward is done: note what each parameter should receive, if nothing else is added to it."""
+        assert self._positions is not None
+        task = current_backward()
+        for tracked, position in zip(self.tracked, self._positions, strict=True):
+            grad = grads[position] if position is not None else None
+            tracked.expected = None if grad is None else (task, _address(grad), grad._version)
+
+    def end(self) -> None:
+        """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
+        self.accumulated = self.begun
+        again = any(call.used and call.epoch == self.epoch for call in self._calls)
+        for call in self._calls:
+            call.used, call.epoch = True, self.epoch
+            if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
+                self.per_example.append(call.per_example)
+        for slot, _, others in self._live():
+            shared = [(c, at) for c, at in others if c.accumulated == self.accumulated]
+            if shared or len(self._calls) > 1:
+                for collector, at in [(self, slot), *shared]:
+                    collector.refused[at] = TWICE_IN_ONE_BACKWARD
+            elif again:
+                self.refused[slot] = TWICE_THROUGH_ONE_FORWARD
+
+    def _untouched(self, slot: int, grad: Tensor) -> bool:
+        """Whether nothing but accumulation wrote to the gradient since the last backward began."""
+        before = self._seen.get(slot)
+        self._seen[slot] = (id(grad), grad._version)
+        if before is None:
+            return grad._version == 0
+        return before[0] == id(grad) and grad._version <= before[1] + 1
+
+    def clear(self, slots: Sequence[int]) -> None:
+        if not slots and self.parameters:
+            return
+        if self.refused:
+            for slot in slots:
+                self.refused.pop(slot, None)
+        if len(slots) >= len(self.parameters):
+            self.epoch += 1
+            self.leaf.grad = None
+            self.per_example.clear()
+        else:
+            for total in [self.leaf.grad, *(x.grad for x in self.per_example)]:
+                if total is not None:
+                    index = torch.tensor(list(slots), device=total.device)
+                    total.index_fill_(total.dim() - 1 if total is self.leaf.grad else 0, index, 0)
+
+    def _clear_zeroed(self, slots: list[int]) -> None:
+        """``zero_grad(set_to_none=False)``: gradients that are all zero start anew. One pass over them, no host sync."""
+        live = [(s, p) for s in slots if (p := self.parameters[s]()) is not None and p.grad is not None]
+        grads: list[Any] = [p.grad for _, p in live]
+        norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+        zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
+        if (
+            self.refused or self.per_example or any(self.tracked[s].foreign for s, _ in live)
+        ):  # host state must follow: these cost a synchronisation
+            gone = [s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z]
+            self.clear(gone)
+            for slot in gone:
+                self.tracked[slot].reset()
+        for position, (slot, _) in enumerate(live):
+            for collector, at in self.tracked[slot].collectors:
+                total = collector.leaf.grad
+                if total is not None:
+                    total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
+
+
+class Call:
+    """One forward pass through one graph."""
+
+    __slots__ = ("begun", "collector", "epoch", "leaves", "per_example", "used")
+
+    def __init__(self, collector: Collector, per_example: Tensor | None) -> None:
+        self.collector, self.per_example = collector, per_example
+        self.leaves = [collector.leaf] if per_example is None else [collector.leaf, per_example]
+        self.begun: int | None = None
+        self.used, self.epoch = False, 0
+
+    def watch(self, probe: Tensor) -> None:
+        """``probe`` is a result of the compiled graph that nobody else sees; its node is the compiled backward."""
+        node = probe.grad_fn
+        assert node is not None
+        metadata_of(node)[PRODUCER] = weakref.ref(self.collector)
+        self.collector.locate(node)
+        node.register_prehook(
+            lambda _: self.collector.begin(self)
+        )  # must not hold the node: a cycle through C++ is never freed
+        node.register_hook(lambda grads, _: self.collector.passed(grads))
+
+
+def metadata_of(node: Any) -> dict[str, Any]:
+    """A dict that lives as long as the autograd node; PyTorch's stubs call it a method."""
+    return node.metadata
+
+
+def producers(tensor: Tensor) -> list[Collector]:
+    """The collectors of the compiled graphs whose results a tensor was computed from, with eager code in between."""
+    found, stack, seen = [], [tensor.grad_fn], set()
+    while stack and len(seen) < MOST_EAGER_NODES:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reference = metadata_of(node).get(PRODUCER)
+        collector = reference() if reference is not None else None
+        if collector is not None:
+            found.append(collector)
+        else:
+            stack += [following for following, _ in node.next_functions]
+    return found
+
+
+class Collectors:
+    """The collectors of one graph, one for each tuple of parameters it was called with."""
+
+    def __init__(
+        self,
+        graph: Any,
+        slots: Sequence[int],
+        parameters: Sequence[nn.Parameter],
+        batch: tuple[int, int, int] | None,
+        per_example: bool,
+        device: torch.device,
+    ) -> None:
+        self._graph, self._slots, self._batch, self._per_example = (
+            graph,
+            tuple(slots),
+            batch,
+            per_example and bool(slots),
+        )
+        double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
+        self._dtype = torch.float64 if double else torch.float32
+        self._device = parameters[0].device if parameters else device
+        self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
+        self._without = {} if not parameters else None  # a graph without parameters has one collector
+
+    def call(self, args: Sequence[Any]) -> Call:
+        parameters = [args[i] for i in self._slots]
+        of_first = self._without if self._without is not None else self._of.setdefault(parameters[0], {})
+        key = tuple(map(id, parameters))
+        collector = of_first.get(key)
+        if collector is None or any(r() is not p for r, p in zip(collector.parameters, parameters, strict=True)):
+            collector = of_first[key] = Collector(self._graph, parameters, self._dtype, self._device)
+            self._graph.note_unselected(args)
+        per_example = None
+        if self._per_example:
+            examples = self._examples(args)
+            per_example = torch.zeros(
+                len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True
+            )
+        for value in args:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                for earlier in producers(value):
+                    earlier.later.add(collector)
+        return Call(collector, per_example)
+
+    def _examples(self, inputs: Sequence[Any]) -> Any:
+        if self._batch is None:
+            return 1
+        index, dim, fold = self._batch
+        size = inputs[index].shape[dim]
+        return size if fold == 1 else size // fold
+
+    def fake_leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """Leaves for the compiler: a static one, or its length would turn symbolic with a dynamic batch, and (n, B)."""
+        mode = detect_fake_mode(list(inputs))
+        n = len(self._slots)
+        assert mode is not None
+        leaf = torch.zeros(2, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
+        leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
+        if self._per_example:
+            examples = self._examples(inputs)
+            with mode:
+                leaves.append(torch.zeros(n, examples, dtype=self._dtype, device=self._device, requires_grad=True))
+        return leaves
+
+
+def tracked_of(parameter: nn.Parameter) -> Tracked | None:
+    return _tracked.get(id(parameter))
+
+
+def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
+    tracked = tracked_of(parameter)
+    return () if tracked is None else tracked.collectors
+
+
+_left_out: Any = WeakIdKeyDictionary()  # parameter -> why a compiled graph does not measure it
+
+
+def leave_out(parameter: nn.Parameter, reason: str) -> None:
+    """Remember that a graph saw a parameter and was told not to measure it."""
+    _left_out[parameter] = reason
+
+
+def left_out(parameter: nn.Parameter) -> str | None:
+    return _left_out.get(parameter)
+
+
+def is_foreign(parameter: nn.Parameter) -> bool:
+    """Whether ``.grad`` has a part that no compiled graph measured."""
+    tracked = tracked_of(parameter)
+    return tracked is not None and tracked.foreign
