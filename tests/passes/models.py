@@ -108,6 +108,8 @@ model("reused_transposed", rows(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m
       w=parameter(2, 3)), matmul=True)
 model("reused_square_transposed", rows(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t()), (B, T, 3),
       w=parameter(3, 3)), matmul=True)
+model("reused_through_a_view", rows(lambda m, x: (lambda u: F.linear(F.linear(x, u).sin(), u) * F.linear(x.cos(), m.w))(m.w.t()), (B, T, 3),
+      w=parameter(3, 3)), matmul=True)
 model("einsum", rows(lambda m, x: torch.einsum("bti,io->bto", x, m.w), (B, T, 3), w=parameter(3, 3)), matmul=True)
 model("einsum_heads", rows(lambda m, x: torch.einsum("btd,dhk->bhtk", x, m.w), (B, T, 4), w=parameter(4, 2, 3)), matmul=True)
 model("einsum_per_position", rows(lambda m, x: torch.einsum("btd,tdh->bth", x, m.w), (B, T, 4), w=parameter(T, 4, 2)),
@@ -131,6 +133,7 @@ model("attention_with_bias_kv", rows(lambda m, x: m.a(x, x, x)[0], (B, T, 4),
 model("embedding", tokens(lambda m, i: m.e(i), B, T, e=table()))
 model("embedding_1d", tokens(lambda m, i: m.e(i), B, e=table()))
 model("embedding_padding", tokens(lambda m, i: m.e(i), B, T, e=table(padding_idx=2)))
+model("embedding_scaled_by_frequency", tokens(lambda m, i: m.e(i), B, T, e=table(scale_grad_by_freq=True)))
 model("embedding_twice", tokens(lambda m, i: m.e(i) * m.e((i + 1) % 7).sum(1, keepdim=True), B, T, e=table()))
 model("tied", tokens(lambda m, i: F.linear(m.a(m.e(i)).tanh(), m.e.weight), B, T, e=table(), a=linear(3, 3)), matmul=True)
 model("tied_1d", tokens(lambda m, i: F.linear(m.a(m.e(i)).tanh(), m.e.weight), B, e=table(), a=linear(3, 3)), matmul=True)
