@@ -19,6 +19,7 @@ from gnsfx import marks
 from gnsfx._torch import size_hint
 from gnsfx.config import Options
 from gnsfx.passes.pipeline import Plan
+from gnsfx.passes.rules.table import STATISTIC
 from gnsfx.passes.state import Batched, Shared, State
 
 NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
@@ -125,14 +126,16 @@ def batch_states(
             continue
         produced = marks.produced(value)
         if produced is not None:
-            states[index] = produced
+            # what an earlier graph made of all examples owns no gradient of its own here
+            states[index] = Shared(STATISTIC) if isinstance(produced, Shared) else produced
             if isinstance(produced, Batched):
                 folds[index] = size_hint(produced.outer) * size_hint(produced.inner)
                 pinned[index] = value.shape[produced.dim] // folds[index]
             continue
         if value.dim() and not is_module_state(node):
             guesses[index] = value.shape[0]
-    sizes = Counter((pinned or guesses).values())
+    wide = {i: n for i, n in guesses.items() if inputs[i].dim() > 1}  # vectors of constants must not outvote the data
+    sizes = Counter((pinned or wide or guesses).values())
     if not sizes:
         return states, None, f"no input of the compiled graph carries a batch dimension; {MANY}"
     if len(sizes) > 1 and pinned:
@@ -142,7 +145,7 @@ def batch_states(
     examples = max(sizes, key=lambda n: (n != 1, sizes[n]))
     if examples == 0:
         return states, None, "the batch is empty"
-    where = min((i for i, n in (pinned or guesses).items() if n == examples), key=lambda i: folds.get(i, 1))
+    where = min((i for i, n in (pinned or wide or guesses).items() if n == examples), key=lambda i: folds.get(i, 1))
     state = states.get(where)
     batch = (where, state.dim if isinstance(state, Batched) else 0, folds.get(where, 1))
     for index, size in guesses.items():

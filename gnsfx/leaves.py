@@ -134,6 +134,7 @@ class Collector:
         if call.begun == task:
             return  # another result of the same call
         call.begun = task
+        grew = self.accumulated == self.begun  # not after torch.autograd.grad
         if self.begun != task:
             self.begun, self._calls = task, []
         self._calls.append(call)
@@ -150,7 +151,7 @@ class Collector:
                 self._seen.pop(slot, None)
                 for collector, at in others:
                     stale.setdefault(collector, []).append(at)
-            elif not self._untouched(slot, parameter.grad):
+            elif not self._untouched(slot, parameter.grad, grew):
                 suspects.append(slot)
         self.clear(fresh)
         for collector, slots in stale.items():
@@ -192,13 +193,13 @@ class Collector:
             elif again:
                 self.refused[slot] = TWICE_THROUGH_ONE_FORWARD
 
-    def _untouched(self, slot: int, grad: Tensor) -> bool:
-        """Whether nothing but accumulation wrote to the gradient since the last backward began."""
+    def _untouched(self, slot: int, grad: Tensor, grew: bool) -> bool:
+        """Whether nothing but one accumulation, if ``grew``, wrote to the gradient since the last backward began."""
         before = self._seen.get(slot)
         self._seen[slot] = (id(grad), grad._version)
         if before is None:
             return grad._version == 0
-        return before[0] == id(grad) and grad._version <= before[1] + 1
+        return before[0] == id(grad) and grad._version <= before[1] + grew
 
     def clear(self, slots: Sequence[int]) -> None:
         if not slots and self.parameters:
@@ -253,9 +254,8 @@ class Call:
         assert node is not None
         metadata_of(node)[PRODUCER] = weakref.ref(self.collector)
         self.collector.locate(node)
-        node.register_prehook(
-            lambda _: self.collector.begin(self)
-        )  # must not hold the node: a cycle through C++ is never freed
+        # these must not hold the node: a cycle through C++ is never freed
+        node.register_prehook(lambda _: self.collector.begin(self))
         node.register_hook(lambda grads, _: self.collector.passed(grads))
 
 

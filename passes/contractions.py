@@ -12,7 +12,7 @@ Each record can ``materialise`` the stack of all P_b, (B, *shape of the node).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from gnsfx.passes.emit import Emitter, accumulate_dtype
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.indexing import Layout
 from gnsfx.passes.rules.reductions import SUMS, removed
-from gnsfx.passes.rules.table import Op, arguments, overloads
+from gnsfx.passes.rules.table import LINEAR, Op, arguments, overloads
 from gnsfx.passes.state import Batched, Size, product
 
 aten = torch.ops.aten
@@ -174,7 +174,7 @@ class Lifted(Contraction):
     def materialise(self, emit: Emitter) -> Node:
         split = {f.node: f.split(emit) for f in self.factors}
         if self.node.target is not operator.getitem:
-            return emit.lift(self.node, split, {})
+            return emit.lift(self.node, split, {a: emit.share(a) for a in joint_terms(self.node, split)})
         source, index = self.node.args
         flat, spec = tree_flatten((source.args, source.kwargs))  # type: ignore[union-attr]
         others = [a for a in dict.fromkeys(flat) if isinstance(a, Node) and a not in split]
@@ -304,11 +304,8 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
     def build(emit: Emitter) -> tuple[Node, Node]:
         row: Node | None = None
         for index, size in zip(layout.nodes, sizes, strict=True):
-            if mask is None:  # index_put takes negative indices
-                size_ = emit.size(size)
-                index = emit(
-                    aten.where.self, emit(aten.lt.Scalar, index, 0), emit(aten.add.Tensor, index, size_), index
-                )
+            if mask is None:
+                index = own_rows(emit, index, size)
             row = index if row is None else emit(aten.add.Tensor, emit(aten.mul.Tensor, row, emit.size(size)), index)
         assert row is not None
         row = emit(aten.expand.default, row, [emit.size(s) for s in layout.shape])
@@ -322,6 +319,21 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
         return _flat(emit, emit.split(row, here), emit.split(g, here), width, keep)
 
     return Lookup(node, build, product(sizes))
+
+
+def own_rows(emit: Emitter, index: Node, size: Size) -> Node:
+    """``index_put`` takes negative indices: -1 and size - 1 are one row."""
+    wrapped = emit(aten.add.Tensor, index, emit.size(size))
+    return emit(aten.where.self, emit(aten.lt.Scalar, index, 0), wrapped, index)
+
+
+def joint_terms(node: Node, summed: Collection[Node]) -> list[Node]:
+    """Tensors that the op adds to those in ``summed``: they belong to all examples alike."""
+    bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
+    names = {k for k, values in bound.items() if any(a in summed for a in values if isinstance(a, Node))}
+    group = next((g for g in LINEAR.get(node.target, ()) if names <= g), frozenset())
+    terms = [a for k in group for a in bound[k] if isinstance(a, Node) and a not in summed]
+    return [a for a in terms if isinstance(a.meta.get("val"), torch.Tensor)]
 
 
 def _nonzero(table: Node) -> bool:

@@ -29,7 +29,7 @@ from gnsfx._torch import (
 )
 from gnsfx.errors import GraphError
 from gnsfx.passes.joint_graph import fake
-from gnsfx.passes.state import Batched, Size
+from gnsfx.passes.state import Batched, Size, same_sizes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -101,9 +101,11 @@ class Emitter:
     def at(self, node: Node) -> Iterator[None]:
         """Insert before ``node``, with its place in the user's source."""
         before, self._like = self._like, node
-        with self.graph.inserting_before(node):
-            yield
-        self._like = before
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._like = before
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -173,7 +175,7 @@ class Emitter:
     def view(self, node: Node, shape: Sequence[Size]) -> Node:
         """A reshape that copies only where strides demand it."""
         own = self.shape(node)
-        if len(own) == len(shape) and all(known(a == b) for a, b in zip(own, shape, strict=True)):
+        if same_sizes(own, shape):
             return node
         if not _viewable(node.meta["val"], shape, self.fake_mode):
             node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -205,6 +207,13 @@ class Emitter:
         squares = self(aten.mul.Tensor, node, node)
         dims = list(range(1, node.meta["val"].dim()))
         return self(aten.sum.dim_IntList, squares, dims) if dims else squares
+
+    def share(self, node: Node) -> Node:
+        """What each example owns of a term that no example owns: 1/B."""
+        value = node.meta["val"]
+        if not value.dtype.is_floating_point and not value.dtype.is_complex:
+            return node
+        return self(aten.div.Tensor, node, self.size(self.examples))
 
     def lift(
         self, node: Node, per_example: Mapping[Node, Node], scaled: Mapping[Node, Node], index: int | None = None

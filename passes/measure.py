@@ -8,7 +8,7 @@
     mixed                              refused, with the node's reason and the user's source line
 
 Numerics: the gradient itself changes by rounding at most (a sum over examples in fp32, fp64 for fp64); on the paths
-outer, ghost, segments and tied it keeps its bits, because the contraction stays as it is.
+outer, ghost and segments, and for bf16 and fp16 on all, it keeps its bits, because the contraction stays as it is.
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.kernels import cost
-from gnsfx.passes.contractions import BiasReduction, Convolution, Lookup, Matmul, Reduction, find_contraction
+from gnsfx.passes.contractions import (
+    BiasReduction,
+    Convolution,
+    Lookup,
+    Matmul,
+    Reduction,
+    find_contraction,
+    joint_terms,
+    own_rows,
+)
 from gnsfx.passes.emit import Emitter, accumulate_dtype
 from gnsfx.passes.joint_graph import JointGraph, source_line
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.indexing import Layout
-from gnsfx.passes.rules.table import LINEAR, Op, arguments
+from gnsfx.passes.rules.table import Op, arguments
 from gnsfx.passes.select_path import Choice, Planner
-from gnsfx.passes.state import Batched, Mixed, Partial, Shared
+from gnsfx.passes.state import Batched, Mixed, Partial, Shared, product, same_sizes
 from gnsfx.passes.terms import Term, find_terms, peel
 
 aten, ops = torch.ops.aten, torch.ops.gnsfx
@@ -79,19 +88,25 @@ class Measurer:
         self._stacks: dict[Node, Node] = {}
         self._singles: dict[Node, Record] = {}
         self._replacements: list[tuple[Node, Node]] = []
+        self._without_weight: list[Node] = []
 
     def apply(self) -> None:
         """Put the rewritten gradients in place. Until then the graph reads as it was traced."""
         for node, value in self._replacements:
             node.replace_all_uses_with(value)
+        for backward in self._without_weight:
+            mask = [arguments(backward)["output_mask"][0], False, arguments(backward)["output_mask"][2]]
+            backward.args = (*backward.args[:10], mask)
+            kept = zip(backward.meta["val"], mask, strict=True)
+            backward.meta["val"] = tuple(value if keep else None for value, keep in kept)
 
     def measure(self, record: Record, gradient: Node) -> Record:
         """Write the measurement of one gradient, or refuse it: a defect here must not stop anybody's training."""
-        written = len(self._replacements)
+        written, masked = len(self._replacements), len(self._without_weight)
         try:
             return self._measure(record, gradient)
         except Exception as error:
-            del self._replacements[written:]
+            del self._replacements[written:], self._without_weight[masked:]
             record.sq_norm = None
             return refuse(record, Mixed(f"measuring it failed with {type(error).__name__}: {error}", gradient))
 
@@ -148,7 +163,7 @@ class Measurer:
         if known_ is not None:  # two parameters added to one weight have the same gradient
             record.path, record.costs, record.sq_norm = known_.path, known_.costs, known_.sq_norm
         elif isinstance(found, Matmul) and not found.node.meta["val"].dtype.is_complex:
-            choice = self.planner.matmul(found, self.emit)
+            choice = self.planner.matmul(found)
             self._matmul(record, choice, found.node, *self._factors(found))
         elif isinstance(found, Lookup) and not found.node.meta["val"].dtype.is_complex:
             record.path, record.costs = "segments", self.planner.lookup(found).costs
@@ -208,9 +223,7 @@ class Measurer:
         if rounds(found.node):
             return norms
         self._replace(found.node, weight)
-        mask = [op["output_mask"][0], False, op["output_mask"][2]]
-        backward.args = (*backward.args[:10], mask)
-        backward.meta["val"] = tuple(v if keep else None for v, keep in zip(backward.meta["val"], mask, strict=True))
+        self._without_weight.append(backward)
         return norms
 
     # --------------------------------------------------------------------------------------- sums of several terms
@@ -225,7 +238,7 @@ class Measurer:
             return None
         root = terms[0].root
         with self.emit.at(root):
-            dtype = torch.promote_types(*(t.contraction.node.meta["val"].dtype for t in (terms[0], terms[-1])))
+            dtype = functools.reduce(torch.promote_types, (t.contraction.node.meta["val"].dtype for t in terms))
             pairs = [self._oriented(t, dtype) for t in matmuls]
             x, g = (self._concatenate([p[i] for p in pairs], 2) for i in (0, 1)) if pairs else (None, None)
             looked = [self._looked_up(t, dtype) for t in lookups]
@@ -247,7 +260,7 @@ class Measurer:
         if parts:
             return self._tied(record, matmuls[0], parts)
         assert x is not None and g is not None
-        choice = self.planner.factors(x, g, self.emit)
+        choice = self.planner.factors(x, g)
         self._matmul(record, choice, root, x, g)
         return record
 
@@ -304,7 +317,7 @@ class Measurer:
         with emit.at(node):
             dtype = functools.reduce(torch.promote_types, (n.meta["val"].dtype for n in partial.values()))
             partial = {a: emit.cast(n, dtype) for a, n in partial.items()}
-            shared = {a: self._share(a) for a in self._joint(source, partial)}
+            shared = {a: emit.share(a) for a in joint_terms(source, partial)}
             others = [a for a in inputs if a not in partial and isinstance(a.meta["val"], torch.Tensor)]
             floating = [a for a in others if a.meta["val"].dtype.is_floating_point]
             shared |= {a: emit.cast(shared.get(a, a), dtype) for a in floating if not dtype.is_complex}
@@ -313,23 +326,10 @@ class Measurer:
         self._stacks[node] = stack
         return stack
 
-    def _joint(self, node: Node, partial: dict[Node, Node]) -> list[Node]:
-        """Shared terms that the op adds to the partial ones: every example owns 1/B of them."""
-        bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
-        names = {k for k, values in bound.items() if any(a in partial for a in values if isinstance(a, Node))}
-        group = next(g for g in LINEAR[node.target] if names <= g)
-        terms = [a for k in group for a in bound[k] if isinstance(a, Node) and a not in partial]
-        return [a for a in terms if isinstance(a.meta.get("val"), torch.Tensor)]
-
-    def _share(self, node: Node) -> Node:
-        if not node.meta["val"].dtype.is_floating_point and not node.meta["val"].dtype.is_complex:
-            return node
-        return self.emit(aten.div.Tensor, node, self.emit.size(self.emit.examples))
-
     def _of_all(self, gradient: Node) -> Node:
         """(B,) of |g / B|^2."""
         emit = self.emit
-        total = emit.square(emit(aten.unsqueeze.default, self._share(gradient), 0))
+        total = emit.square(emit(aten.unsqueeze.default, emit.share(gradient), 0))
         return emit(aten.expand.default, total, [emit.size(emit.examples)])
 
     def _lookup_of_partial(self, leaf: Node) -> tuple[Node, Node] | None:
@@ -339,11 +339,9 @@ class Measurer:
         op = arguments(leaf)
         table, values = op["self"], op["values"]
         layout = Layout(Op(leaf, self.states, self.emit.examples, True), op["indices"])
-        zeros = table.target is aten.full.default and table.args[1] == 0
+        zeros = table.target is aten.full.default and table.args[1] == 0 and op.get("accumulate", True)
         shape = (*layout.shape, *self.emit.shape(table)[1:])
-        exact = len(shape) == values.meta["val"].dim() and all(
-            known(a == b) for a, b in zip(shape, self.emit.shape(values), strict=True)
-        )
+        exact = same_sizes(shape, self.emit.shape(values))
         if (
             layout.where != [0]
             or layout.masks
@@ -355,6 +353,8 @@ class Measurer:
         emit, index = self.emit, layout.nodes[0]
         g = self._stack(values)
         width = len(layout.shape)
+        if "mask" not in op:
+            index = own_rows(emit, index, self.emit.shape(table)[0])
         if op.get("mask") is not None:
             zero = emit(
                 aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False
@@ -369,21 +369,14 @@ class Measurer:
                 pin_memory=False,
             )
             index = emit(aten.where.self, emit.view(op["mask"], list(layout.shape)), index, none)
-        T = D = 1
-        for size in layout.shape:
-            T = T * size
-        for size in shape[width:]:
-            D = D * size
+        T, D = product(layout.shape), product(shape[width:])
         ids = emit(aten.expand.default, emit.view(index, [1, T]), [emit.size(emit.examples), emit.size(T)])
         return ids, emit.view(g, [emit.examples, T, D])
 
     def _scaled(self, node: Node | None, scale: float, squared: bool = True) -> Node:
         assert node is not None
-        return (
-            node
-            if abs(scale) == 1.0 and (squared or scale == 1.0)
-            else self.emit(aten.mul.Tensor, node, scale * scale if squared else scale)
-        )
+        factor = scale * scale if squared else scale
+        return node if factor == 1.0 else self.emit(aten.mul.Tensor, node, factor)
 
     def _replace_by_sum(self, node: Node, stack: Node) -> None:
         dtype = accumulate_dtype(node.meta["val"].dtype)

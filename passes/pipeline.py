@@ -72,15 +72,18 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
         report.before = print_graph(graph, states)
     results = [view.results.get(i) for i in range(max(view.results, default=-1) + 1)]
     report.outputs = [states.get(n) if n is not None else None for n in results]
-    report.coupled = find_coupling(view, states, plan)
+    refusal = plan.refusal
+    if refusal is None and (plan.batch is None or plan.batch[0] not in view.inputs):
+        refusal = "the input that carries the batch dimension is not an input of the joint graph"
+    report.coupled = find_coupling(view, states, plan, refusal)
     emit = Emitter(graph, examples)
     measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
     for index in plan.slots:
         gradient, parameter = view.grads.get(index), view.inputs.get(index)
         record = Record(index, tuple(parameter.meta["val"].shape) if parameter is not None else ())
         report.records.append(record)
-        if plan.refusal is not None:
-            refuse(record, Mixed(plan.refusal))
+        if refusal is not None:
+            refuse(record, Mixed(refusal))
         elif gradient is None:
             record.status, record.reason = "unused", "it gets no gradient in this graph"
         else:
@@ -95,7 +98,7 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     return report
 
 
-def find_coupling(view: JointGraph, states: States, plan: Plan) -> str | None:
+def find_coupling(view: JointGraph, states: States, plan: Plan, refusal: str | None) -> str | None:
     """Why the gradient of an intermediate that came in is not apart by example as the intermediate itself is.
 
     The graph that made it takes its tangent to be apart: it must then refuse its parameters.
@@ -103,6 +106,8 @@ def find_coupling(view: JointGraph, states: States, plan: Plan) -> str | None:
     for index, gradient in view.grads.items():
         if index in plan.parameters or gradient.target is torch.ops.gnsfx.probe_backward.default:
             continue
+        if refusal is not None:
+            return refusal
         before, after = states.get(view.inputs[index]), states.get(gradient)
         if isinstance(after, Mixed):
             return explain_mixed(after)

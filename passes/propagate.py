@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,14 +28,15 @@ from gnsfx._torch import known
 from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.rules import LINEAR, RULES, Op
 from gnsfx.passes.rules.pointwise import is_pointwise, pointwise_rule
-from gnsfx.passes.rules.table import arguments
-from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, same_fold
+from gnsfx.passes.rules.table import STATISTIC, arguments
+from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, same_fold, same_sizes
 
 States = dict[Node, Any]
 ACCUMULATION = "Gradient addition node"
 OUTSIDE = (
     "a result computed from parameters alone leaves the compiled graph, and how examples use it there is not known"
 )
+UNPAIRED = "whether its examples are summed here could not be told from the graph"
 COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
 
 
@@ -51,27 +52,17 @@ def propagate(view: JointGraph, inputs: Mapping[int, State], examples: Size) -> 
         _visit(node, states, examples, view, regions)
         if node.op == "call_function" and "seq_nr" in node.meta:
             regions[node.meta["seq_nr"]].append(node)
-    touched = _depends_on_examples(forward, states)
     for tangent, output in view.tangents.items():
         if output is None or output not in states:
             states[tangent] = Mixed("the tangent of an output that is not in the graph", tangent)
-        elif isinstance(states[output], Shared) and output not in touched:
-            states[tangent] = Shared(OUTSIDE)
+        elif isinstance(states[output], Shared):
+            states[tangent] = Shared() if states[output].doubt == STATISTIC else Shared(OUTSIDE)
         else:
             states[tangent] = states[output]
     for node in view.graph.nodes:
         if node in view.backward and node not in view.tangents:
             _visit(node, states, examples, view, regions)
     return states
-
-
-def _depends_on_examples(nodes: Iterable[Node], states: States) -> set[Node]:
-    """Forward nodes with a batched value above them; a statistic of the batch is shared, but depends on the examples."""
-    found: set[Node] = set()
-    for node in nodes:
-        if isinstance(states.get(node), (Batched, Mixed, tuple)) or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions: Mapping[int, list[Node]]) -> None:
@@ -103,8 +94,11 @@ def _state(node: Node, states: States, examples: Size, tangent: bool, regions: M
     if any(isinstance(s, Partial) for s in flat):
         return _linear(node, states)
     if all(isinstance(s, Shared) for s in flat):
-        doubt = next((s.doubt for s in flat if s.doubt), None) or _random(node)
+        doubts = [s.doubt for s in flat if s.doubt]
+        doubt = STATISTIC if STATISTIC in doubts else next(iter(doubts), None) or _random(node)
         return _cotangent(node, Shared(doubt), states, regions) if tangent else Shared(doubt)
+    if tangent and any(isinstance(s, Shared) and s.doubt == OUTSIDE for s in flat):
+        return Mixed(OUTSIDE, node)
     rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
     if rule is None:
         return Mixed(f"no rule for {node.target}", node)
@@ -124,27 +118,17 @@ def _linear(node: Node, states: States) -> State:
     """The state of an op with an argument that is already summed over examples."""
     if node.target not in LINEAR:
         return Mixed(f"no rule for {node.target} of a gradient that is already summed over the batch", node)
-    bound = arguments(node)
-    partial, batched = set(), False
-    for name, value in bound.items():
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            state = states.get(item) if isinstance(item, Node) else None
-            partial |= {name} if isinstance(state, Partial) else set()
-            batched |= isinstance(state, Batched)
-            if (
-                isinstance(state, Shared)
-                and state.doubt
-                and name in ("self", "other", "tensors", "src", "values", "a", "c")
-            ):
-                return Mixed(state.doubt, node)
-    if batched:
+    bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
+    found = {k: [states[a] for a in values if isinstance(a, Node) and a in states] for k, values in bound.items()}
+    if any(isinstance(s, Batched) for values in found.values() for s in values):
         return Mixed(COUPLED, node)
-    affine = node.target in (torch.ops.aten.add.Scalar, torch.ops.aten.sub.Scalar) or bound.get("value") not in (
-        None,
-        0,
-    )
-    if affine or not any(partial <= group for group in LINEAR[node.target]):
+    partial = {k for k, values in found.items() if any(isinstance(s, Partial) for s in values)}
+    group = next((g for g in LINEAR[node.target] if partial <= g), None)
+    if group is None or bound.get("value", [0]) not in ([0], [None]):
         return Mixed(f"{node.target} is not linear in a gradient that is already summed over the batch", node)
+    for state in (s for k in group for s in found.get(k, ())):
+        if isinstance(state, Shared) and state.doubt:
+            return Mixed(state.doubt, node)
     return Partial()
 
 
@@ -158,9 +142,9 @@ def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, 
     number = node.meta.get("seq_nr")
     leaves = any(user.op == "output" or user.meta.get("seq_nr") != number for user in node.users)
     region = regions.get(number, []) if number is not None else []
-    inside = set(region)
-    arguments_ = [(a, states[a]) for n in region for a in tensors_of(n) if a not in inside and a in states]
-    arguments_ += [(a, states[a]) for n in region for a in tensors_of(n) if a in inside and a in states]
+    arguments_ = [(a, states[a]) for n in region for a in tensors_of(n) if a in states]
+    if not arguments_ and _grows(node):
+        return Shared(UNPAIRED)  # its forward is not in the graph, and a new dimension may be the batch
     if not leaves or not any(isinstance(s, (Batched, Mixed)) for _, s in arguments_):
         return state
     same = [s for a, s in arguments_ if _same_shape(a.meta["val"], value)]
@@ -173,7 +157,13 @@ def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, 
             return first
     if same and not kinds:
         return state
-    return Shared("whether its examples are summed here could not be told from the graph")
+    return Shared(UNPAIRED)
+
+
+def _grows(node: Node) -> bool:
+    """Whether the result has more elements than every argument, as of a broadcast."""
+    size = node.meta["val"].numel()
+    return not any(known(a.meta["val"].numel() == size) for a in tensors_of(node))
 
 
 def tensors_of(node: Node) -> list[Node]:
@@ -181,4 +171,4 @@ def tensors_of(node: Node) -> list[Node]:
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dim() == b.dim() and all(known(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+    return same_sizes(a.shape, b.shape)

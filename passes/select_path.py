@@ -10,7 +10,6 @@ from torch.fx import Node
 from gnsfx._torch import known, size_hint
 from gnsfx.kernels import cost
 from gnsfx.passes.contractions import BiasReduction, Convolution, Lookup, Matmul, Reduction
-from gnsfx.passes.emit import Emitter
 from gnsfx.passes.rules.table import arguments
 from gnsfx.passes.state import Size
 
@@ -31,12 +30,12 @@ class Planner:
     memory: int
     forced: str = "auto"
 
-    def matmul(self, found: Matmul, emit: Emitter) -> Choice:
+    def matmul(self, found: Matmul) -> Choice:
         rows = found.x.node.meta["val"].shape[found.x.state.dim]
         one = known(rows == self.examples)
         return self._choose(*found.sizes(self.examples), one, found.node.meta["val"])
 
-    def factors(self, x: Node, g: Node, emit: Emitter) -> Choice:
+    def factors(self, x: Node, g: Node) -> Choice:
         """For x (B, E, T, I) and g (B, E, T, O)."""
         B, E, T, I = (size_hint(s) for s in x.meta["val"].shape)
         return self._choose(

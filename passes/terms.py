@@ -18,7 +18,7 @@ from torch.fx import Node
 from gnsfx.passes.contractions import Contraction, find_contraction
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.table import overloads
-from gnsfx.passes.state import Partial
+from gnsfx.passes.state import Partial, same_sizes
 
 aten = torch.ops.aten
 KEEPS_ORDER = set(overloads("aten.clone.default", "aten.alias.default", "aten.detach.default", "aten._to_copy.default",
@@ -53,7 +53,7 @@ def peel(node: Node) -> tuple[Node, float, bool | None]:
             elif transposed is not None and not (node.target is aten.permute.default and list(node.args[1]) == [0, 1]):  # type: ignore[arg-type]
                 transposed = not transposed
         elif node.target in RESHAPES:
-            if tuple(node.meta["val"].shape) != tuple(source.meta["val"].shape):
+            if not same_sizes(node.meta["val"].shape, source.meta["val"].shape):
                 transposed = None
         elif node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             factor = node.args[1]
@@ -94,7 +94,7 @@ def _collect(node: Node, states: States, root: Node) -> list[Term] | None:
     terms: list[Term] = []
     for part in leaf.args[:2]:
         inner = _collect(part, states, root) if isinstance(part, Node) else None
-        if inner is None or part.meta["val"].shape != leaf.meta["val"].shape:  # type: ignore[union-attr]
+        if inner is None or not same_sizes(part.meta["val"].shape, leaf.meta["val"].shape):  # type: ignore[union-attr]
             return None
         terms += inner
     return [replace(t, scale=t.scale * scale, transposed=_compose(t.transposed, transposed)) for t in terms]

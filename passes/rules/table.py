@@ -22,6 +22,9 @@ from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, res
 
 Rule = Callable[["Op"], "State | tuple[State, ...]"]
 
+STATISTIC = "it is scaled by a statistic of the batch, to which the examples contribute unequally"
+"""The doubt of a forward value summed over the examples. It matters only where no batched value is met afterwards."""
+
 RULES: dict[Any, Rule] = {}
 """Op -> rule. Filled by the files of this folder, and by users through :func:`gnsfx.register_rule`."""
 
@@ -80,7 +83,7 @@ class Op:
 
     def contracted(self) -> State:
         """The examples are summed here: a weight-gradient contraction in the backward, a statistic in the forward."""
-        return Partial() if self.tangent else Shared()
+        return Partial() if self.tangent else Shared(STATISTIC)
 
     def mixed(self, reason: str) -> Mixed:
         return Mixed(reason, self.node)

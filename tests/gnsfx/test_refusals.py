@@ -279,3 +279,41 @@ def test_a_parameter_that_leaves_the_graph_by_itself() -> None:
     refused = refusals(model, call)
     assert set(refused) == {"scale"}
     assert "leaves the compiled graph" in refused["scale"]
+
+
+class LearnedWeight(nn.Module):
+    """The examples own the gradient of ``weight``, but unequally: it is the mean of their losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.weight = nn.Linear(4, 4), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * zoo.squares(self.a(x)).mean() + 0.1 * self.a.bias.square().sum()
+
+
+def test_a_parameter_that_scales_a_statistic_of_the_batch() -> None:
+    model, x = LearnedWeight().double(), zoo.floats(5, 4)
+    refused = refusals(model, lambda m: m(x))
+    assert set(refused) == {"weight"} and "statistic of the batch" in refused["weight"]
+    losses = 2.0 * zoo.squares(model.a(x)) / 5 + 0.1 * model.a.bias.square().sum() / 5
+    truth = oracle.per_example_sq_norms(model.a, losses, torch.ones_like(losses))
+    found = collector.per_example_sq_norms(model)
+    assert oracle.names_beyond({n: found[f"a.{n}"] for n in truth}, truth, oracle.tolerance(torch.float64)) == []
+
+
+class Standardised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return self.a((x - mean) / std)
+
+
+def test_vectors_beside_the_input_do_not_outvote_it() -> None:
+    model, x = Standardised().double(), zoo.floats(8, 3)
+    mean, std = zoo.floats(3), zoo.floats(3).exp()
+    truth = oracle.per_example_sq_norms(model, zoo.squares(model(x, mean, std)), torch.ones(8).double())
+    assert refusals(model, zoo.on(x, mean, std)) == {}
+    assert oracle.names_beyond(collector.per_example_sq_norms(model), truth, oracle.tolerance(torch.float64)) == []

@@ -278,3 +278,13 @@ def test_a_second_process_hits_the_compile_cache(tmp_path, monkeypatch) -> None:
     (cold, first), (warm, second) = (o.split(maxsplit=1) for o in outputs)
     assert (cold, warm) == ("1", "0")
     assert first == second
+
+
+def test_zeroing_in_place_after_autograd_grad(model: nn.Module, compiled: nn.Module) -> None:
+    first, second = batch(), batch()
+    for _ in range(2):
+        first(compiled).mean().backward()
+    torch.autograd.grad(first(compiled).mean(), list(model.parameters()))
+    model.zero_grad(set_to_none=False)
+    second(compiled).mean().backward()
+    agree(model, truth(model, second))
