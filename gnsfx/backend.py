@@ -68,7 +68,7 @@ def compile(
 def measuring(enabled: bool = True) -> Iterator[None]:
     """Measure only in some steps: forward passes inside ``with measuring(False)`` run plain Inductor.
 
-    Both versions stay compiled; switching costs nothing. The backward follows the forward it belongs to.
+    Both versions stay compiled. The backward follows the forward it belongs to.
 
     Example:
         >>> for step, (x, y) in enumerate(loader):
