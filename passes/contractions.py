@@ -12,6 +12,7 @@ Each record can ``materialise`` the stack of all P_b, (B, *shape of the node).
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Contraction:
+class Contraction(ABC):
     """Base of the records. ``node`` is the value sum_b P_b in the graph."""
 
     node: Node
@@ -53,8 +54,9 @@ class Contraction:
         node = self.node.args[0] if self.node.target is operator.getitem else self.node
         return str(node.target).removeprefix("aten.").removesuffix(".default")  # type: ignore[union-attr]
 
+    @abstractmethod
     def materialise(self, emit: Emitter) -> Node:
-        raise NotImplementedError
+        """(B, *shape of the node): the stack of all P_b."""
 
 
 @dataclass(frozen=True, slots=True)

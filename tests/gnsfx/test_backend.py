@@ -19,12 +19,6 @@ from tests import oracle, zoo
 EAGER = {"gns.inner": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def statuses(model: nn.Module) -> dict[str, str]:
     return {row.name: row.status for row in coverage(model)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,13 +13,6 @@ from gnsfx.coverage import STATUSES, Coverage, coverage
 from gnsfx.errors import GnsWarning
 
 EAGER = {"gns.inner": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
 
 
 class Net(nn.Module):

@@ -16,12 +16,6 @@ from tests import oracle, zoo
 EAGER = {"gns.inner": "eager", "gns.per_example": True}
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def refusals(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, str]:
     """Train one step; the warning must name what is refused."""
     compiled = torch.compile(model, backend="gns", options=EAGER)

@@ -23,12 +23,6 @@ EAGER = {"gns.inner": "eager"}
 Call = Callable[[nn.Module], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def batch(examples: int = 4, T: int = 6) -> Call:
     tokens, targets = zoo.ids(11, examples, T), zoo.ids(11, examples, T)
     return lambda model: zoo.token_losses(model(tokens), targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +17,6 @@ from gnsfx.verify import relative_tolerance, verify
 
 EAGER = {"gns.inner": "eager"}
 B, T, V, D = 4, 5, 11, 8
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
 
 
 class MLP(nn.Module):
