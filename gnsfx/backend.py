@@ -152,6 +152,7 @@ class CapturedGraph:
             capture.plan.slots,
             [inputs[i] for i in capture.plan.slots],
             capture.plan.batch,
+            capture.assumed,
             options.per_example,
             next(v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad),
         )
@@ -201,6 +202,12 @@ class CapturedGraph:
         ):
             self._refusals = {}
         return self.refusals.get(slot)
+
+    def refused_in_run(self, slot: int, norms: Tensor) -> str | None:
+        """Why the runs since the last zero refused a slot that is measured otherwise; costs a synchronisation."""
+        if self._report is not None and not self._report.records[slot].condition:
+            return None
+        return self.report.records[slot].condition if norms[0, slot] == REFUSED else None
 
     def coupled(self, norms: Tensor | None) -> str | None:
         """Why a gradient that this graph hands to an earlier one is not apart by example; None if all are."""

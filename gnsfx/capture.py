@@ -29,11 +29,13 @@ MANY = "mark the batch dimension with gnsfx.mark_batch(tensor, dim), or dim=None
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """``names`` and ``unselected`` belong to the trainable parameters among the graph inputs, by position."""
+    """``names`` and ``unselected`` belong to the trainable parameters among the graph inputs, by position; ``assumed`` are the
+    intermediates of eager code whose dimension 0 is taken for the examples."""
 
     plan: Plan
     names: dict[int, str]
     unselected: tuple[int, ...]
+    assumed: frozenset[int]
 
 
 def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Capture:
@@ -45,7 +47,13 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
     chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i]))
     states, batch, refusal = batch_states(placeholders, inputs)
     plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path)
-    return Capture(plan, names, tuple(i for i in names if i not in chosen))
+    assumed = frozenset(i for i, v in enumerate(inputs) if isinstance(states.get(i), Batched) and _unrecorded(v))
+    return Capture(plan, names, tuple(i for i in names if i not in chosen), assumed)
+
+
+def _unrecorded(value: Any) -> bool:
+    intermediate = isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
+    return intermediate and marks.marked(value) is marks.UNMARKED and marks.produced(value) is None
 
 
 def source_name(node: Node) -> str:

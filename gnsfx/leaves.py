@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode
+from gnsfx.eager_code import moved_rows
+from gnsfx.marks import produced
 
 # id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
 _tracked: dict[int, Tracked] = {}
 TWICE_IN_ONE_BACKWARD = (
     "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
     "compile the module that contains both uses"
+)
+DIFFERENT_BATCHES = (
+    "the compiled graphs of one backward saw different numbers of examples ({found}), so dimension 0 is not the batch in one of "
+    "them; mark its inputs with gnsfx.mark_batch, or compile the code between the graphs too"
 )
 TWICE_THROUGH_ONE_FORWARD = (
     "backward ran twice through one forward pass, so their cross term is lost; add the losses and call backward once"
@@ -44,17 +50,24 @@ def _address(tensor: Tensor) -> int:
 class Tracked:
     """One parameter: the collectors that measure it, and whether all of its gradient came through them."""
 
-    __slots__ = ("_arrived", "_foreign", "collectors", "expected", "parameter")
+    __slots__ = ("_arrived", "_foreign", "_hook", "collectors", "expected", "parameter")
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.collectors: list[tuple[Collector, int]] = []
         self.expected: tuple[int, int, int] | None = None
-        key = id(parameter)
-        self.parameter = weakref.ref(parameter, lambda _: _tracked.pop(key, None))
+        key, forget = id(parameter), _tracked.pop  # the module's globals are gone when the interpreter ends
+        self.parameter = weakref.ref(parameter, lambda _: forget(key, None))
         _tracked[key] = self
         self._foreign = False
         self._arrived: tuple[bool, tuple[int, int] | None] | None = None
-        parameter.register_hook(self._arriving)
+        self._hook = parameter.register_hook(self._arriving).id
+
+    def expect(self, grad: Tensor | None, task: int) -> None:
+        """Note what should arrive, behind all hooks of the user, which may put another gradient in its place."""
+        self.expected = None if grad is None else (task, _address(grad), grad._version)
+        hooks: Any = getattr(self.parameter(), "_backward_hooks", None)
+        if hooks is not None and len(hooks) > 1 and self._hook in hooks:
+            hooks.move_to_end(self._hook)
 
     def _arriving(self, grad: Tensor | None) -> None:
         """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
@@ -174,8 +187,7 @@ class Collector:
         assert self._positions is not None
         task = current_backward()
         for tracked, position in zip(self.tracked, self._positions, strict=True):
-            grad = grads[position] if position is not None else None
-            tracked.expected = None if grad is None else (task, _address(grad), grad._version)
+            tracked.expect(grads[position] if position is not None else None, task)
 
     def end(self) -> None:
         """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
@@ -185,7 +197,11 @@ class Collector:
             call.used, call.epoch = True, self.epoch
             if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
                 self.per_example.append(call.per_example)
+        _compare_batches(self, [call.examples for call in self._calls if call.examples is not None])
+        moved = next((call.moved for call in self._calls if call.moved), None)
         for slot, _, others in self._live():
+            if moved:
+                self.refused[slot] = moved
             shared = [(c, at) for c, at in others if c.accumulated == self.accumulated]
             if shared or len(self._calls) > 1:
                 for collector, at in [(self, slot), *shared]:
@@ -237,13 +253,31 @@ class Collector:
                     total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
 
 
+_batches: dict[str, Any] = {"backward": -1, "sizes": set(), "collectors": set()}
+
+
+def _compare_batches(collector: Collector, sizes: Sequence[int]) -> None:
+    """Refuse every graph of the running backward once two of them saw different numbers of examples."""
+    if _batches["backward"] != collector.begun:
+        _batches.update(backward=collector.begun, sizes=set(), collectors=weakref.WeakSet())
+    _batches["sizes"].update(sizes)
+    _batches["collectors"].add(collector)
+    if len(_batches["sizes"]) < 2:
+        return
+    found = " and ".join(map(str, sorted(_batches["sizes"])[:2]))
+    for other in _batches["collectors"]:
+        other.refused.update(dict.fromkeys(range(len(other.parameters)), DIFFERENT_BATCHES.format(found=found)))
+
+
 class Call:
     """One forward pass through one graph."""
 
-    __slots__ = ("begun", "collector", "epoch", "leaves", "per_example", "used")
+    __slots__ = ("begun", "collector", "epoch", "examples", "leaves", "moved", "per_example", "used")
 
-    def __init__(self, collector: Collector, per_example: Tensor | None) -> None:
-        self.collector, self.per_example = collector, per_example
+    def __init__(
+        self, collector: Collector, per_example: Tensor | None, examples: int | None, moved: str | None
+    ) -> None:
+        self.collector, self.per_example, self.examples, self.moved = collector, per_example, examples, moved
         self.leaves = [collector.leaf] if per_example is None else [collector.leaf, per_example]
         self.begun: int | None = None
         self.used, self.epoch = False, 0
@@ -290,9 +324,12 @@ class Collectors:
         slots: Sequence[int],
         parameters: Sequence[nn.Parameter],
         batch: tuple[int, int, int] | None,
+        assumed: frozenset[int],
         per_example: bool,
         device: torch.device,
     ) -> None:
+        """``assumed``: inputs whose dimension 0 is taken for the examples, and is if no eager code moved its rows."""
+        self._assumed = assumed
         self._graph, self._slots, self._batch, self._per_example = (
             graph,
             tuple(slots),
@@ -313,17 +350,19 @@ class Collectors:
         if collector is None or any(r() is not p for r, p in zip(collector.parameters, parameters, strict=True)):
             collector = of_first[key] = Collector(self._graph, parameters, self._dtype, self._device)
             self._graph.note_unselected(args)
-        per_example = None
+        per_example, examples = None, self._examples(args)
         if self._per_example:
-            examples = self._examples(args)
             per_example = torch.zeros(
                 len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True
             )
-        for value in args:
+        moved = None
+        for index, value in enumerate(args):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 for earlier in producers(value):
                     earlier.later.add(collector)
-        return Call(collector, per_example)
+                if index in self._assumed and moved is None and produced(value) is None:
+                    moved = moved_rows(value, PRODUCER)
+        return Call(collector, per_example, examples if self._batch else None, moved)
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
         if self._batch is None:

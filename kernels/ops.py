@@ -13,6 +13,13 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 | tied_cross            | as above                                   | <onehot^T g, h^T x> [B]            |
 | product_sq_norm       | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]: mm_sq_norm's second  |
 | collect               | n tensors [B]                              | [n, B]                             |
+| routed_sq_norm        | x [E,N,I], g [E,N,O], or [N,I], [N,O] and offsets [E]; ids | sq_norms [B]       |
+| routed_product        | as above                                   | [B,E,I,O]                          |
+| sum_by_example        | values, dims; ids                          | [B, *sizes that are not in dims]   |
+| mask_by_example       | values, dims; ids                          | [B, *values.shape]                 |
+
+``ids`` stands for (rows, column, takes, inner, total, examples), which ``example_ids`` turns into the example of each row.
+They go in as one because their number is data, and only an op's inside may see such sizes without guards.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +32,7 @@ from gnsfx.kernels.convolution_norm import convolution_sq_norm
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
 from gnsfx.kernels.ghost_norm import ghost_sq_norm
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
+from gnsfx.kernels.routed_norm import example_ids, mask_by_example, routed_product, routed_sq_norm, sum_by_example
 from gnsfx.kernels.tied_norm import tied_cross, tied_sq_norm
 
 # Kept across importlib.reload: an op disappears with the Library that defined it.
@@ -65,6 +73,29 @@ def _fake_tied(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype, h.dtype))
 
 
+def _fake_routed(x: Tensor, g: Tensor, offsets: Tensor | None, *ids) -> Tensor:
+    return x.new_empty(ids[-1], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_product(x: Tensor, g: Tensor, offsets: Tensor | None, *ids) -> Tensor:
+    E = x.shape[0] if offsets is None else offsets.shape[0]
+    return x.new_empty(ids[-1], E, x.shape[-1], g.shape[-1], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_sum_by_example(values: Tensor, dims: Sequence[int], *ids) -> Tensor:
+    dtype = values.dtype if values.is_complex() else accumulate_dtype(values.dtype)
+    return values.new_empty(ids[-1], *[s for d, s in enumerate(values.shape) if d not in dims], dtype=dtype)
+
+
+def _fake_mask_by_example(values: Tensor, dims: Sequence[int], *ids) -> Tensor:
+    return values.new_empty(ids[-1], *values.shape)
+
+
+def _with_ids(kernel: Callable) -> Callable:
+    """The kernel with its last two arguments, ids and examples, in place of the expression that names the ids."""
+    return lambda *args: kernel(*args[:-6], example_ids(*args[-6:]), args[-1])
+
+
 def _fake_collect(sq_norms: Sequence[Tensor]) -> Tensor:
     dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
     return sq_norms[0].new_empty(len(sq_norms), sq_norms[0].shape[0], dtype=dtype)
@@ -93,3 +124,14 @@ _register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", ti
 _register("tied_cross(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_cross, _fake_tied)
 _register("product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
 _register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)
+
+_IDS = "Tensor rows, int? column, Tensor[] takes, SymInt inner, SymInt total, SymInt examples"
+_FACTORS = f"Tensor x, Tensor g, Tensor? offsets, {_IDS}"
+_register(f"routed_sq_norm({_FACTORS}) -> Tensor", _with_ids(routed_sq_norm), _fake_routed)
+_register(f"routed_product({_FACTORS}) -> Tensor", _with_ids(routed_product), _fake_product)
+_register(
+    f"sum_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(sum_by_example), _fake_sum_by_example
+)
+_register(
+    f"mask_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(mask_by_example), _fake_mask_by_example
+)

@@ -127,7 +127,7 @@ class Lookup(Contraction):
         value = self.node.meta["val"]
         width = product(tuple(value.shape)) // self.rows
         op = arguments(self.node)
-        g = op.get("values", op.get("grad_output", op.get("src")))
+        g = next(op[n] for n in ("values", "grad_output", "src", "grad") if n in op)
         count = size_hint(product(tuple(g.meta["val"].shape)))  # type: ignore[union-attr]
         B, D = size_hint(examples), max(size_hint(width), 1)
         return B, max(count // max(B * D, 1), 1), D, size_hint(self.rows)
@@ -211,7 +211,7 @@ def contraction(*targets: Any) -> Callable[[Builder], Builder]:
     return enter
 
 
-def find_contraction(node: Node, states: States) -> Contraction | None:
+def find_batched(node: Node, states: States) -> Contraction | None:
     """The record of a node whose operands are batched and whose result is partial, else None."""
     op = node.args[0] if node.target is operator.getitem else node
     assert isinstance(op, Node)
@@ -265,6 +265,17 @@ class BiasReduction(Contraction):
         return emit(aten.sum.dim_IntList, split, dims, False, dtype=accumulate_dtype(split.meta["val"].dtype))
 
 
+@contraction(*overloads("aten._trilinear.default"))
+def trilinear_contraction(node: Node, states: States) -> Contraction | None:
+    """A shared operand that has the examples' dimension is split as well: whole, it would broadcast against one example."""
+    op = arguments(node)
+    inserted = {op[f"i{k}"]: op[f"expand{k}"] for k in "123"}
+    found, at = next((s, a) for a in inserted if isinstance(s := states.get(a), Batched))
+    dim = [d for d in range(node.args[0].meta["val"].dim() + len(op["expand1"])) if d not in inserted[at]][found.dim]  # type: ignore[union-attr]
+    having = [a for a, dims in inserted.items() if dim not in dims]
+    return Lifted(node, tuple(Factor(a, found.at(dim - sum(d < dim for d in inserted[a]))) for a in having))
+
+
 @contraction(*overloads("aten.embedding_dense_backward.default"))
 def embedding_contraction(node: Node, states: States) -> Contraction | None:
     op = arguments(node)
@@ -274,7 +285,7 @@ def embedding_contraction(node: Node, states: States) -> Contraction | None:
     def build(emit: Emitter) -> tuple[Node, Node]:
         index = emit.split(ids, state)
         keep = emit(aten.unsqueeze.default, emit(aten.ne.Scalar, index, padding), -1)
-        return _flat(emit, index, emit.split(g, state), index.meta["val"].dim() - 1, keep)
+        return flat(emit, index, emit.split(g, state), index.meta["val"].dim() - 1, keep)
 
     return Lookup(node, build, op["num_weights"])
 
@@ -318,7 +329,7 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
             keep = emit.split(keep, here)
         shape = (*layout.shape, *rest)
         g = emit(aten.expand.default, values, [emit.size(s) for s in shape])
-        return _flat(emit, emit.split(row, here), emit.split(g, here), width, keep)
+        return flat(emit, emit.split(row, here), emit.split(g, here), width, keep)
 
     return Lookup(node, build, product(sizes))
 
@@ -349,7 +360,7 @@ def _nonzero(table: Node) -> bool:
     return not zero or bool(table.target in (aten.full.default, aten.full_like.default) and table.args[1] != 0)
 
 
-def _flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tuple[Node, Node]:
+def flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tuple[Node, Node]:
     """ids (B, ...) and g (B, ..., *rest) -> (B, T) and (B, T, D); rows that ``keep`` leaves out become zeros in row 0."""
     shape = emit.shape(g)
     T, D = product(shape[1 : width + 1]), product(shape[width + 1 :])

@@ -7,6 +7,7 @@ lift     f(partial, shared)             -> (B, ...)                       f appl
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gnsfx._torch import (
+    FloorDiv,
+    Mod,
+    PythonMod,
     TangentAOTInput,
     detect_fake_mode,
     known,
@@ -29,6 +33,7 @@ from gnsfx._torch import (
 )
 from gnsfx.errors import GraphError
 from gnsfx.passes.joint_graph import fake
+from gnsfx.passes.rules.table import overloads
 from gnsfx.passes.state import Batched, Size, same_sizes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -55,8 +60,23 @@ def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> 
 
 
 def _slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    open_ended = isinstance(end, int) and end >= 2**62  # "up to the end", which has no batching rule
-    return torch.slice_scatter(self, src, dim, start, None if open_ended else end, step)
+    size = self.shape[dim]  # an end behind it means "up to the end", and has no batching rule
+    beyond = isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end > size))
+    return torch.slice_scatter(self, src, dim, start, None if beyond else end, step)
+
+
+def _cdist_backward(grad: Any, x1: Any, x2: Any, p: float, cdist: Any) -> Any:
+    """PyTorch's own batching rule is wrong where only the gradient is batched (2.13)."""
+    if p == 2:
+        share = torch.where(cdist == 0, 0, grad / cdist)
+        return x1 * share.sum(-1, keepdim=True) - share @ x2
+    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    size, grad, cdist = difference.abs(), grad.unsqueeze(-1), cdist.unsqueeze(-1)
+    if p == math.inf:
+        slope = (size == cdist).to(size.dtype)
+    else:
+        slope = torch.zeros_like(size) if p == 0 else (size / cdist) ** (p - 1)
+    return torch.where(difference == 0, 0, difference.sign() * slope * grad).sum(-2)
 
 
 def _convert(a: Any, dtype: torch.dtype) -> Any:
@@ -73,8 +93,33 @@ LIFT_AS: dict[Any, Any] = {
     prims.rev.default: torch.flip,
     prims.fma.default: lambda a, b, c: a * b + c,
     aten.slice_scatter.default: _slice_scatter,
+    aten._cdist_backward.default: _cdist_backward,
+    aten.copy.default: lambda self, src, *_: src.expand(self.shape),
 }
 """What ``torch.func.vmap`` is given in place of ops that have no batching rule."""
+
+
+COMBINE: dict[Any, Any] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
+"""How symbolic sizes are made of others."""
+
+
+WRITES = set(overloads("aten.index_put.default", "aten._unsafe_index_put.default", "aten.scatter.src", "aten.scatter.value",
+                       "aten.scatter_add.default", "aten.scatter_reduce.two", "aten.index_add.default", "aten.index_copy.default",
+                       "aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default",
+                       "aten.as_strided_scatter.default", "aten.masked_scatter.default"))  # fmt: skip
+"""Inductor runs these in place on their first argument, also where that is an expanded value whose entries share memory."""
+
+
+def _overlaps(value: torch.Tensor) -> bool:
+    return any(
+        known(stride == 0) and not known(size == 1) for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
 
 
 class Emitter:
@@ -108,6 +153,8 @@ class Emitter:
             self._like = before
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        if target in WRITES and _overlaps(args[0].meta["val"]):
+            args = (self(aten.clone.default, args[0], memory_format=torch.contiguous_format), *args[1:])
         node = self.graph.call_function(target, args, kwargs)
         values = tree_map(fake, (args, kwargs))
         with self.fake_mode:
@@ -133,9 +180,10 @@ class Emitter:
         if expression in self._sizes:
             return self._sizes[expression]
         found = self._from_inputs(expression)
-        if found is None and isinstance(expression, (sympy.Mul, sympy.Add)):
-            combine = operator.mul if isinstance(expression, sympy.Mul) else operator.add
-            parts = [self._expression(part) for part in expression.args]
+        if found is None and (type(expression) in COMBINE or _is_power(expression)):
+            combine = COMBINE.get(type(expression), operator.mul)
+            factors = [expression.args[0]] * int(expression.args[1]) if _is_power(expression) else expression.args
+            parts = [self._expression(part) for part in factors]
             found = parts[0]
             for part in parts[1:]:
                 found = self._sym(combine, found, part)
@@ -253,6 +301,10 @@ class Emitter:
             elif node.op != "placeholder":
                 raise GraphError(f"a lifted op holds a constant ({node.format_node()}).")
         raise GraphError("a lifted op returns nothing.")
+
+
+def _is_power(expression: Any) -> bool:
+    return isinstance(expression, sympy.Pow) and bool(expression.args[1].is_Integer and expression.args[1] > 0)
 
 
 def _viewable(value: torch.Tensor, shape: Sequence[Size], mode: Any) -> bool:

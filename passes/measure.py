@@ -23,13 +23,13 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.kernels import cost
+from gnsfx.passes.bags import RaggedBags
 from gnsfx.passes.contractions import (
     BiasReduction,
     Convolution,
     Lookup,
     Matmul,
     Reduction,
-    find_contraction,
     joint_terms,
     own_rows,
 )
@@ -38,9 +38,10 @@ from gnsfx.passes.joint_graph import JointGraph, source_line
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.indexing import Layout
 from gnsfx.passes.rules.table import Op, arguments
+from gnsfx.passes.segments import RoutedMatmul, RoutedSum
 from gnsfx.passes.select_path import Choice, Planner
 from gnsfx.passes.state import Batched, Mixed, Partial, Shared, product, same_sizes
-from gnsfx.passes.terms import Term, find_terms, peel
+from gnsfx.passes.terms import Term, find_contraction, find_terms, peel
 
 aten, ops = torch.ops.aten, torch.ops.gnsfx
 PUTS = (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
@@ -48,7 +49,7 @@ PUTS = (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_mas
 
 @dataclass(slots=True)
 class Record:
-    """What was decided for one parameter. ``costs`` holds every candidate path."""
+    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it."""
 
     slot: int
     shape: tuple[Any, ...]
@@ -58,6 +59,7 @@ class Record:
     reason: str = ""
     costs: dict[str, cost.Cost] = field(default_factory=dict)
     sq_norm: Node | None = None
+    condition: str = ""
 
 
 def rounds(node: Node) -> bool:
@@ -141,6 +143,8 @@ class Measurer:
         if terms and len(terms) == 1:
             return self._single(record, terms[0])
         if terms and (done := self._combined(record, terms)):
+            with self.emit.at(self.view.output):
+                done.sq_norm = self._scaled(done.sq_norm, terms[0].outer)
             return done
         leaf, scale, _ = peel(gradient)
         record.operation = str(leaf.target).removeprefix("aten.").removesuffix(".default")
@@ -172,8 +176,12 @@ class Measurer:
         elif isinstance(found, Convolution) and not found.node.meta["val"].dtype.is_complex:
             record.path, record.costs = "convolution", self.planner.convolution(found).costs
             record.sq_norm = self._convolution(found)
+        elif isinstance(found, (RoutedMatmul, RaggedBags)) and not found.node.meta["val"].dtype.is_complex:
+            record.path = "segments"
+            with self.emit.at(found.node):
+                record.sq_norm = found.sq_norm(self.emit)
         else:
-            record.path = "lift"
+            record.path = "reduction" if isinstance(found, RoutedSum) else "lift"
             if isinstance(found, (Reduction, BiasReduction)):
                 record.path, record.costs = "reduction", self.planner.reduction(found).costs
             with self.emit.at(found.node):

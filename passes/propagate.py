@@ -27,14 +27,29 @@ from torch.fx import Node
 from gnsfx._torch import known
 from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.rules import LINEAR, RULES, Op
-from gnsfx.passes.rules.pointwise import is_pointwise, pointwise_rule
+from gnsfx.passes.rules.picks import PICKS
+from gnsfx.passes.rules.pointwise import CONSTANT, is_pointwise, pointwise_rule
+from gnsfx.passes.rules.routing import routed_rule
 from gnsfx.passes.rules.table import STATISTIC, arguments
-from gnsfx.passes.state import Batched, Mixed, Partial, Shared, Size, State, same_fold, same_sizes
+from gnsfx.passes.state import (
+    Batched,
+    Mixed,
+    Partial,
+    Routed,
+    Shared,
+    Size,
+    State,
+    divides,
+    product,
+    same_fold,
+    same_rows,
+    same_sizes,
+)
 
 States = dict[Node, Any]
 ACCUMULATION = "Gradient addition node"
-OUTSIDE = (
-    "a result computed from parameters alone leaves the compiled graph, and how examples use it there is not known"
+PICKED_OUTSIDE = (
+    "rows picked out of the batch by an index leave the compiled graph, and which example owns them there is not known"
 )
 UNPAIRED = "whether its examples are summed here could not be told from the graph"
 COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
@@ -56,13 +71,26 @@ def propagate(view: JointGraph, inputs: Mapping[int, State], examples: Size) -> 
         if output is None or output not in states:
             states[tangent] = Mixed("the tangent of an output that is not in the graph", tangent)
         elif isinstance(states[output], Shared):
-            states[tangent] = Shared() if states[output].doubt == STATISTIC else Shared(OUTSIDE)
+            states[tangent] = Shared()  # of parameters alone: see outside.py
+        elif isinstance(found := states[output], Routed) and not _named(found, output, states, inputs, examples):
+            states[tangent] = Mixed(PICKED_OUTSIDE, output)
         else:
             states[tangent] = states[output]
     for node in view.graph.nodes:
         if node in view.backward and node not in view.tangents:
             _visit(node, states, examples, view, regions)
     return states
+
+
+def _named(state: Routed, output: Node, states: States, inputs: Mapping[int, State], examples: Size) -> bool:
+    """Whether the rows can only be those of the examples that they are named after. Row 3 of ``x[mask]``, or of 7 rows
+    picked for 4 examples, is never example 3; row 3 of ``x[index]`` may be, where the rows of the index are examples."""
+    index, count = state.ids.rows, product([output.meta["val"].shape[d] for d in state.dims])
+    if index.meta["val"].dtype in (torch.bool, torch.uint8) or any(
+        s.ids.rows is index for s in inputs.values() if isinstance(s, Routed)
+    ):
+        return True
+    return not divides(examples, count) or (index.op == "placeholder" and isinstance(states[index], Shared))
 
 
 def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions: Mapping[int, list[Node]]) -> None:
@@ -92,18 +120,20 @@ def _state(node: Node, states: States, examples: Size, tangent: bool, regions: M
         if isinstance(state, Mixed):
             return state
     if any(isinstance(s, Partial) for s in flat):
-        return _linear(node, states)
+        return _overwritten(node, states) or _linear(node, states)
     if all(isinstance(s, Shared) for s in flat):
         doubts = [s.doubt for s in flat if s.doubt]
         doubt = STATISTIC if STATISTIC in doubts else next(iter(doubts), None) or _random(node)
         return _cotangent(node, Shared(doubt), states, regions) if tangent else Shared(doubt)
-    if tangent and any(isinstance(s, Shared) and s.doubt == OUTSIDE for s in flat):
-        return Mixed(OUTSIDE, node)
-    rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
-    if rule is None:
-        return Mixed(f"no rule for {node.target}", node)
+    if any(isinstance(s, Routed) for s in flat):
+        rule, pick = routed_rule(node.target), None
+    else:
+        rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
+        pick = PICKS.get(node.target)
     try:
-        return rule(Op(node, states, examples, tangent))
+        op = Op(node, states, examples, tangent)
+        picked = pick(op) if pick else None
+        return picked or (rule(op) if rule else Mixed(f"no rule for {node.target}", node))
     except Exception as error:  # a defect in a rule must not stop anybody's training
         return Mixed(f"the rule for {node.target} failed with {type(error).__name__}: {error}", node)
 
@@ -114,13 +144,21 @@ def _random(node: Node) -> str | None:
     return f"it depends on {node.target} but on no batched input" if seeded else None
 
 
+def _overwritten(node: Node, states: States) -> State | None:
+    """Of a gradient already summed over examples some ops take the shape only: the buffer that a copy of it goes into."""
+    if node.target in CONSTANT:
+        return Shared()
+    source = states.get(node.args[1], Shared()) if node.target is torch.ops.aten.copy.default else None  # type: ignore[arg-type]
+    return source if isinstance(source, Shared) else None
+
+
 def _linear(node: Node, states: States) -> State:
     """The state of an op with an argument that is already summed over examples."""
-    if node.target not in LINEAR:
+    if node.target not in LINEAR or (node.target is torch.ops.aten.view.dtype and not _keeps_numbers(node)):
         return Mixed(f"no rule for {node.target} of a gradient that is already summed over the batch", node)
     bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
     found = {k: [states[a] for a in values if isinstance(a, Node) and a in states] for k, values in bound.items()}
-    if any(isinstance(s, Batched) for values in found.values() for s in values):
+    if any(isinstance(s, (Batched, Routed)) for values in found.values() for s in values):
         return Mixed(COUPLED, node)
     partial = {k for k, values in found.items() if any(isinstance(s, Partial) for s in values)}
     group = next((g for g in LINEAR[node.target] if partial <= g), None)
@@ -130,6 +168,12 @@ def _linear(node: Node, states: States) -> State:
         if isinstance(state, Shared) and state.doubt:
             return Mixed(state.doubt, node)
     return Partial()
+
+
+def _keeps_numbers(node: Node) -> bool:
+    """Whether a view as another dtype shows complex numbers as pairs of real ones, or the reverse."""
+    before, after = tensors_of(node)[0].meta["val"].dtype, node.meta["val"].dtype
+    return before.is_complex != after.is_complex and before.to_real() == after.to_real()
 
 
 def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, list[Node]]) -> State:
@@ -145,19 +189,23 @@ def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, 
     arguments_ = [(a, states[a]) for n in region for a in tensors_of(n) if a in states]
     if not arguments_ and _grows(node):
         return Shared(UNPAIRED)  # its forward is not in the graph, and a new dimension may be the batch
-    if not leaves or not any(isinstance(s, (Batched, Mixed)) for _, s in arguments_):
+    if not leaves or not any(isinstance(s, (Batched, Routed, Mixed)) for _, s in arguments_):
         return state
     same = [s for a, s in arguments_ if _same_shape(a.meta["val"], value)]
-    kinds = [s for s in same if isinstance(s, (Batched, Mixed))]
+    kinds = [s for s in same if isinstance(s, (Batched, Routed, Mixed))]
     if same and len(kinds) == len(same):
         first = kinds[0]
-        if isinstance(first, Mixed) or all(
-            isinstance(s, Batched) and s.dim == first.dim and same_fold(s, first) for s in kinds
-        ):
+        if isinstance(first, Mixed) or all(_same_place(s, first) for s in kinds):
             return first
     if same and not kinds:
         return state
     return Shared(UNPAIRED)
+
+
+def _same_place(a: State, b: State) -> bool:
+    if isinstance(a, Routed):
+        return isinstance(b, Routed) and same_rows(a, b)
+    return isinstance(a, Batched) and isinstance(b, Batched) and a.dim == b.dim and same_fold(a, b)
 
 
 def _grows(node: Node) -> bool:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from gnsfx.passes.contractions import Contraction, find_contraction
+from gnsfx.passes.contractions import Contraction, find_batched
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.table import overloads
+from gnsfx.passes.segments import find_routed, routed_operand
 from gnsfx.passes.state import Partial, same_sizes
 
 aten = torch.ops.aten
@@ -30,12 +31,16 @@ PERMUTES = set(overloads("aten.permute.default", "aten.t.default", "aten.transpo
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """``scale * contraction``, transposed or not (None: reshaped, the orientation is lost). ``root`` is the whole sum."""
+    """``scale * contraction``, transposed or not (None: reshaped, the orientation is lost).
+
+    ``root`` is the sum of all terms; the gradient is ``outer`` times the root.
+    """
 
     contraction: Contraction
     scale: float
     transposed: bool | None
     root: Node
+    outer: float = 1.0
 
 
 def peel(node: Node) -> tuple[Node, float, bool | None]:
@@ -69,6 +74,11 @@ def _loses(source: torch.dtype, target: torch.dtype) -> bool:
     return source.is_complex and not target.is_complex
 
 
+def find_contraction(node: Node, states: States) -> Contraction | None:
+    """The record of a node that sums over examples, None for any other."""
+    return find_routed(node, states) if routed_operand(node, states) else find_batched(node, states)
+
+
 def find_terms(gradient: Node, states: States) -> list[Term] | None:
     """The contractions that a gradient is a plain sum of; None where it is anything else.
 
@@ -78,8 +88,9 @@ def find_terms(gradient: Node, states: States) -> list[Term] | None:
     terms = _collect(root, states, root)
     if terms is None:
         return None
-    alone = len(terms) == 1
-    return [replace(t, scale=t.scale * scale, transposed=transposed if alone else t.transposed) for t in terms]
+    if len(terms) == 1:
+        return [replace(t, scale=t.scale * scale, transposed=transposed) for t in terms]
+    return [replace(t, outer=scale) for t in terms]
 
 
 def _collect(node: Node, states: States, root: Node) -> list[Term] | None:

@@ -25,10 +25,10 @@ from gnsfx.passes.contractions import (
     Lookup,
     Matmul,
     Reduction,
-    find_contraction,
 )
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.state import Batched
+from gnsfx.passes.terms import find_contraction
 
 aten = torch.ops.aten
 DTYPES = st.sampled_from([torch.float64, torch.float32])

@@ -1,0 +1,81 @@
+"""Contractions over rows whose example is data: s_b = sum_e ||sum_{i in e, ids_i = b} x_i^T g_i||^2.
+
+    x [E, N, I], g [E, N, O]                 E independent contractions over N rows each
+    x [N, I], g [N, O], offsets [E]          grouped: rows offsets[e - 1] .. offsets[e] belong to contraction e
+
+The rows of one example and one contraction are brought together by a sort, then multiplied as one block: nothing is
+computed that the gradient itself does not need, and one [I, O] product exists at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
+
+
+def example_ids(rows: Tensor, column: int | None, takes: Sequence[Tensor], inner: int, total: int, examples: int) -> Tensor:
+    """The example of each row [N]: ``rows[takes[0]].. % total // inner % examples``.
+
+    With a ``column``, ``rows`` is a mask: the coordinates along that dimension of its nonzero entries.
+    """
+    found = rows.flatten() if column is None else rows.nonzero()[:, column]
+    for take in takes:
+        found = found[take]
+    return found.flatten().remainder(total).div(inner, rounding_mode="floor").remainder(examples)
+
+
+def routed_sq_norm(x: Tensor, g: Tensor, offsets: Tensor | None, ids: Tensor, examples: int) -> Tensor:
+    """Squared norms [B] for ids [E * N], or [N] where every contraction has the same rows."""
+    sq_norms = torch.zeros(examples, dtype=accumulate_dtype(x.dtype), device=x.device)
+    for _, b, product in _products(x, g, offsets, ids, examples):
+        sq_norms[b] += square_sums(product.reshape(1, -1))[0]
+    return sq_norms
+
+
+def routed_product(x: Tensor, g: Tensor, offsets: Tensor | None, ids: Tensor, examples: int) -> Tensor:
+    """The stack of all P_b [B, E, I, O], in the accumulate dtype."""
+    E = x.shape[0] if offsets is None else offsets.shape[0]
+    stack = x.new_zeros(examples, E, x.shape[-1], g.shape[-1], dtype=accumulate_dtype(x.dtype))
+    for e, b, product in _products(x, g, offsets, ids, examples):
+        stack[b, e] = product
+    return stack
+
+
+def _products(
+    x: Tensor, g: Tensor, offsets: Tensor | None, ids: Tensor, examples: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(contraction, example, x_i^T g_i summed over its rows) for every pair that has rows."""
+    if offsets is None:
+        E, N = x.shape[:2]
+        group = torch.arange(E, device=x.device).repeat_interleave(N)
+        x, g, ids = x.flatten(0, 1), g.flatten(0, 1), ids.repeat(E * N // max(ids.shape[0], 1))
+    else:
+        E, position = offsets.shape[0], torch.arange(x.shape[0], device=x.device)
+        group = torch.searchsorted(offsets.long(), position, right=True)
+        x, g, ids, group = x[group < E], g[group < E], ids[group < E], group[group < E]
+    key = group * examples + ids
+    order, dtype = key.argsort(), accumulate_dtype(x.dtype)
+    counts = torch.bincount(key, minlength=E * examples).tolist()
+    parts = zip(x[order].to(dtype).split(counts), g[order].to(dtype).split(counts), strict=True)
+    for pair, (x_b, g_b) in enumerate(parts):
+        if len(x_b):
+            yield *divmod(pair, examples), x_b.t() @ g_b
+
+
+def sum_by_example(values: Tensor, dims: Sequence[int], ids: Tensor, examples: int) -> Tensor:
+    """Sum over ``dims``, whose entries in row-major order belong to the examples ``ids``: [B, *other sizes]."""
+    rest = [d for d in range(values.dim()) if d not in dims]
+    rows = values.permute(*dims, *rest).flatten(0, len(dims) - 1)
+    dtype = values.dtype if values.is_complex() else accumulate_dtype(values.dtype)
+    return rows.new_zeros(examples, *rows.shape[1:], dtype=dtype).index_add_(0, ids, rows.to(dtype))
+
+
+def mask_by_example(values: Tensor, dims: Sequence[int], ids: Tensor, examples: int) -> Tensor:
+    """[B, *values.shape]: ``values`` with the rows of all other examples set to zero."""
+    rest = [d for d in range(values.dim()) if d not in dims]
+    others = ids != torch.arange(examples, device=ids.device).unsqueeze(1)
+    others = others.view(examples, *[values.shape[d] for d in dims], *[1] * len(rest))
+    places = [1 + [*dims, *rest].index(d) for d in range(values.dim())]
+    return values.unsqueeze(0).masked_fill(others.permute(0, *places), 0)
