@@ -1,13 +1,14 @@
 # make demo    train a small GPT on English text and print its gradient noise scale, layer by layer
 # make test    format, lint, types and all tests
-# Both create .venv the first time; set PYTHON to choose the interpreter (3.11 or newer).
+# make test-models    whole models of the transformers library against per-example autograd
+# All create .venv the first time; set PYTHON to choose the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-models lint bench clean
 .SECONDARY:
 
 help:
@@ -18,6 +19,9 @@ demo: $(VENV)/installed-demo
 
 test: lint
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-models: $(VENV)/installed-test $(VENV)/installed-models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/transformers $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

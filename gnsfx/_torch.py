@@ -19,6 +19,9 @@ from torch._dynamo.backends.common import aot_autograd  # the "eager" inner comp
 from torch._dynamo.convert_frame import register_bytecode_hook  # tells which code objects were compiled
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.trace_rules import (
+    add as never_trace,  # autograd hooks run in compiled frames too: loss.backward() in one
+)
 from torch._functorch._aot_autograd.descriptors import (  # what each joint-graph input and output means
     GradAOTOutput,
     PlainAOTInput,
@@ -37,17 +40,21 @@ from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a u
 from torch._inductor.decomposition import select_decomp_table  # rules are written for Inductor's decomposed graphs
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils._sympy.functions import FloorDiv  # how symbolic sizes divide
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod  # how symbolic sizes divide
 from torch.utils.weak import WeakIdKeyDictionary  # tensors compare elementwise, so weak maps must go by identity
 
 __all__ = [
     "CustomGraphPass",
+    "FloorDiv",
     "GradAOTOutput",
+    "Mod",
     "OptimizedModule",
     "PlainAOTInput",
     "PlainAOTOutput",
+    "PythonMod",
     "TangentAOTInput",
     "WeakIdKeyDictionary",
+    "allows_rnn",
     "aot_autograd",
     "compile_fx",
     "current_backward",
@@ -60,6 +67,7 @@ __all__ = [
     "known",
     "list_mode_options",
     "make_boxed_func",
+    "never_trace",
     "options_of",
     "private_graphs",
     "select_decomp_table",
@@ -87,7 +95,7 @@ def divisible(value: Any, divisor: Any) -> bool:
     if not isinstance(value, torch.SymInt):
         return False
     by = divisor.node.expr if isinstance(divisor, torch.SymInt) else divisor
-    return sympy.denom(sympy.cancel(value.node.expr / by)) == 1
+    return _denominator(value.node.expr / by) == 1
 
 
 def simplified(size: Any) -> Any:
@@ -102,8 +110,14 @@ def simplified(size: Any) -> Any:
 
 
 def _divide(value: Any, divisor: Any) -> Any:
-    quotient = sympy.cancel(value / divisor)
-    return quotient if sympy.denom(quotient) == 1 else FloorDiv(value, divisor)
+    for rest in (0, divisor - 1):  # exact, or rounded up: arange(0, n * step, step) has n entries
+        if _denominator((value - rest) / divisor) == 1:
+            return sympy.cancel((value - rest) / divisor)
+    return FloorDiv(value, divisor)
+
+
+def _denominator(quotient: Any) -> Any:
+    return sympy.denom(sympy.together(sympy.cancel(quotient)))  # without together() that of s/2 - 1/2 is 1
 
 
 def size_hint(size: Any) -> int:
@@ -112,6 +126,11 @@ def size_hint(size: Any) -> int:
         return int(size)
     hint = size.node.hint if size.node.has_hint() else None
     return 4096 if hint is None else int(hint)
+
+
+def allows_rnn() -> bool:
+    """Whether Dynamo traces nn.RNN, nn.GRU and nn.LSTM."""
+    return dynamo_config.allow_rnn
 
 
 def current_backward() -> int:
@@ -172,3 +191,6 @@ def options_of(model: Any) -> dict[str, Any] | None:
             return kwargs.get("options")
         found = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "_torchdynamo_orig_callable", None)
     return None
+
+
+never_trace(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,9 +25,13 @@ from gnsfx.leaves import Collectors, collectors_of, leave_out
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Plan, Report, rewrite
 from gnsfx.passes.rules import RULES
-from gnsfx.passes.state import Batched, Mixed, Shared, State, describe
+from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State, describe
 
 Compiled = Callable[..., Any]
+MISREAD = (
+    "input {} has its examples elsewhere than in the call that the graph was compiled for, and the same size; compile the "
+    "module that contains both uses"
+)
 
 
 def compile(
@@ -100,7 +105,12 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
     ours, inductor = split_options(options)
     patches = _patches(mode, inductor)
     if not trains(example_inputs):
-        return _inner_compile(gm, example_inputs, ours, patches, None)
+        inner = _inner_compile(gm, example_inputs, ours, patches, None)
+        return (
+            UntrainedGraph(gm, example_inputs, inner, ours)
+            if any(isinstance(v, Tensor) for v in example_inputs)
+            else inner
+        )
     capture = read_capture(gm, example_inputs, ours)
     between = any(isinstance(v, Tensor) and v.requires_grad and not v.is_leaf for v in example_inputs)
     if not capture.plan.slots and not between:
@@ -146,15 +156,18 @@ class CapturedGraph:
         self._report: Report | None = None
         self._refusals: dict[int, str] | None = None
         self._apart: bool | None = None
+        self._places: Any = (
+            weakref.WeakKeyDictionary()
+        )  # graph -> {(input, output): whether the examples are where they were}
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.collectors = Collectors(
             self,
             capture.plan.slots,
             [inputs[i] for i in capture.plan.slots],
-            capture.plan.batch,
+            capture.plan.count,
             capture.assumed,
             options.per_example,
-            next(v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad),
+            next((v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad), torch.device("cpu")),
         )
         self._leaves = ["gns_leaf_0", "gns_leaf_1"][: 1 + (options.per_example and bool(capture.plan.slots))]
 
@@ -174,16 +187,39 @@ class CapturedGraph:
         state = self.report.outputs[index] if index < len(self.report.outputs) else None
         if isinstance(state, Batched):
             return Batched(state.dim, _torch.size_hint(state.outer), _torch.size_hint(state.inner))
+        if isinstance(state, Routed):
+            return Mixed("rows chosen by data cross a graph break; compile both graphs as one, with fullgraph=True")
         return state if isinstance(state, (Shared, Mixed)) else None
 
     def note_unselected(self, args: Sequence[Any]) -> None:
         """Called for each tuple of parameters that comes in."""
         _note_unselected(args, self.capture, self.options)
 
-    def record_results(self, results: Sequence[Any]) -> None:
+    def record_results(self, results: Sequence[Any], examples: int | None = None) -> None:
         for index, result in enumerate(results):
             if isinstance(result, Tensor) and result.dim():
-                marks.record(result, self, index)
+                marks.record(result, self, index, examples)
+
+    def misread(self, args: Sequence[Any]) -> str | None:
+        """Why an input has its examples elsewhere than the input this graph was compiled for; its sizes do not tell."""
+        for index in self.capture.unmarked:
+            found, mark = marks.source(args[index]), marks.marked(args[index])
+            if (found is not None or mark is not marks.UNMARKED) and not self._same_place(
+                index, found, mark, args[index]
+            ):
+                return MISREAD.format(self.capture.unmarked[index])
+        return None
+
+    def _same_place(self, index: int, found: tuple[Any, int, int | None] | None, mark: Any, value: Tensor) -> bool:
+        expected = self.capture.plan.states.get(index, Shared())
+        if mark is not marks.UNMARKED or found is None:
+            return (expected.dim if isinstance(expected, Batched) else None) == mark
+        graph, output, examples = found
+        checked = self._places.setdefault(graph, {})
+        if (index, output) not in checked:
+            checked[index, output] = _alike(expected, graph.output_state(output))
+        fold = expected.outer * expected.inner if isinstance(expected, Batched) else 0
+        return checked[index, output] and (not fold or examples is None or value.shape[expected.dim] == examples * fold)  # type: ignore[union-attr]
 
     @property
     def refusals(self) -> dict[int, str]:
@@ -218,6 +254,26 @@ class CapturedGraph:
         return self.report.coupled
 
 
+def _alike(expected: State, found: State | None) -> bool:
+    if isinstance(expected, Batched) and isinstance(found, Batched):
+        folds = zip((expected.outer, expected.inner), (found.outer, found.inner), strict=True)
+        return expected.dim == found.dim and all((a == 1) == (b == 1) for a, b in folds)
+    return isinstance(expected, Mixed) or (isinstance(expected, Shared) and isinstance(found, Shared))
+
+
+class UntrainedGraph(CapturedGraph):
+    """Plain: it has nothing to measure, but the graphs behind it ask where the examples are in its results."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], inner: Compiled, options: Options) -> None:
+        super().__init__(gm, inputs, read_capture(gm, inputs, options), options)
+        self._inner = inner
+
+    def __call__(self, *args: Any) -> Any:
+        results = self._inner(*args)
+        self.record_results(results, self.capture.plan.count(lambda i: args[i].shape))  # type: ignore[arg-type]
+        return results
+
+
 class CompiledGraph(CapturedGraph):
     """Compiled once, called with the parameters of any module that shares its code."""
 
@@ -236,10 +292,13 @@ class CompiledGraph(CapturedGraph):
 
     def __call__(self, *args: Any) -> Any:
         call = self.collectors.call(args)
+        call.moved = call.moved or self.misread(args)
         results = self._inner(*args, *call.leaves)
-        call.watch(results[self._outputs])
-        results = tuple(results)[: self._outputs]
-        self.record_results(results)
+        probe, results = results[self._outputs], tuple(results)[: self._outputs]
+        node = probe.grad_fn
+        places = {r.output_nr: i for i, r in enumerate(results) if isinstance(r, Tensor) and r.grad_fn is node}
+        call.watch(node, lambda output: self.output_state(places[output]) if output in places else None)
+        self.record_results(results, call.examples)
         return results
 
     def _refused_names(self) -> list[str]:
@@ -283,6 +342,7 @@ class RewritePass(_torch.CustomGraphPass):
             plan.slots,
             tuple(states.items()),
             plan.batch,
+            plan.documents,
             plan.refusal,
             plan.parameters,
             plan.memory,

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from gnsfx import marks
 from gnsfx._torch import size_hint
 from gnsfx.config import Options
+from gnsfx.passes.documents import Documents
 from gnsfx.passes.pipeline import Plan
 from gnsfx.passes.rules.table import STATISTIC
 from gnsfx.passes.state import Batched, Shared, State
@@ -30,12 +31,13 @@ MANY = "mark the batch dimension with gnsfx.mark_batch(tensor, dim), or dim=None
 @dataclass(frozen=True, slots=True)
 class Capture:
     """``names`` and ``unselected`` belong to the trainable parameters among the graph inputs, by position; ``assumed`` are the
-    intermediates of eager code whose dimension 0 is taken for the examples."""
+    intermediates of eager code whose dimension 0 is taken for the examples, ``unmarked`` the names of inputs without a mark."""
 
     plan: Plan
     names: dict[int, str]
     unselected: tuple[int, ...]
     assumed: frozenset[int]
+    unmarked: dict[int, str]
 
 
 def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Capture:
@@ -45,10 +47,18 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         if isinstance(value, nn.Parameter) and value.requires_grad:
             names[index] = parameter_name(node)
     chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i]))
-    states, batch, refusal = batch_states(placeholders, inputs)
-    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path)
+    documents, refusal = packed_inputs(placeholders, inputs)
+    if documents is None and refusal is None:
+        states, batch, refusal = batch_states(placeholders, inputs)
+        if batch is not None:
+            tie_batch_sizes(placeholders, states, batch)
+    else:
+        states, batch = ({} if documents is None else shared_inputs(placeholders, inputs, documents)), None
+    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path, documents)
     assumed = frozenset(i for i, v in enumerate(inputs) if isinstance(states.get(i), Batched) and _unrecorded(v))
-    return Capture(plan, names, tuple(i for i in names if i not in chosen), assumed)
+    free = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.dim()]
+    unmarked = {i: source_name(placeholders[i]) for i in free if marks.marked(inputs[i]) is marks.UNMARKED}
+    return Capture(plan, names, tuple(i for i in names if i not in chosen), assumed, unmarked)
 
 
 def _unrecorded(value: Any) -> bool:
@@ -111,6 +121,45 @@ def _called(node: Node) -> str:
 # -------------------------------------------------------------------------------------------------------- the batch
 
 
+def packed_inputs(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[Documents | None, str | None]:
+    """Which inputs hold packed documents, or why that cannot be told; (None, None) where none does."""
+    found = [m for v in inputs if isinstance(v, Tensor) and isinstance(m := marks.marked(v), marks.Documents)]
+    if not found:
+        return None, None
+    first = found[0]
+    where = next((i for i, v in enumerate(inputs) if v is first.ids), None)
+    if where is None:
+        return (
+            None,
+            "the document ids given to mark_batch are not an input of the compiled graph; pass that very tensor to the model",
+        )
+    if any(m.ids is not first.ids for m in found):
+        return None, "two inputs were marked with different document ids"
+    marked = next(v for v in inputs if isinstance(v, Tensor) and isinstance(marks.marked(v), marks.Documents))
+    leading = marked.shape[:2] if first.boundaries and marked.shape[0] == 1 else marked.shape[: max(first.ids.dim(), 1)]
+    packed = tuple(
+        i
+        for i, (node, v) in enumerate(zip(placeholders, inputs, strict=True))
+        if isinstance(v, Tensor)
+        and not isinstance(v, nn.Parameter)
+        and i != where
+        and not is_module_state(node)
+        and v.shape[: len(leading)] == leading
+        and marks.marked(v) is not None
+    )
+    return Documents(where, first.boundaries, packed, len(leading)), None
+
+
+def shared_inputs(placeholders: Sequence[Node], inputs: Sequence[Any], documents: Documents) -> dict[int, State]:
+    """The states of inputs beside packed ones: shared, with a doubt where nothing says so."""
+    states: dict[int, State] = {}
+    for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_module_state(node)
+        if plain and index not in (*documents.inputs, documents.ids) and marks.marked(value) is marks.UNMARKED:
+            states[index] = Shared(f"input {source_name(node)} does not have the shape of the document ids; {MANY}")
+    return states
+
+
 def batch_states(
     placeholders: Sequence[Node], inputs: Sequence[Any]
 ) -> tuple[dict[int, State], tuple[int, int, int] | None, str | None]:
@@ -140,7 +189,10 @@ def batch_states(
                 folds[index] = size_hint(produced.outer) * size_hint(produced.inner)
                 pinned[index] = value.shape[produced.dim] // folds[index]
             continue
-        if value.dim() and not is_module_state(node):
+        if not value.requires_grad and source_name(node).startswith("L['___stack"):
+            # what broke the graph made it, in eager code that left no trace
+            states[index] = Shared(f"eager code at a graph break made an input of shape {list(value.shape)}; {MANY}")
+        elif value.dim() and not is_module_state(node):
             guesses[index] = value.shape[0]
     wide = {i: n for i, n in guesses.items() if inputs[i].dim() > 1}  # vectors of constants must not outvote the data
     sizes = Counter((pinned or wide or guesses).values())
@@ -163,6 +215,24 @@ def batch_states(
         else:
             states[index] = Shared(f"input {name} has {size} rows where the batch has {examples}; {MANY}")
     return states, batch, None
+
+
+def tie_batch_sizes(placeholders: Sequence[Node], states: dict[int, State], batch: tuple[int, int, int]) -> None:
+    """Let inputs whose examples are the same ones have the same symbolic size: Dynamo makes one for each input, and what
+    meets only after a reshape would not be known to fit. A call where the sizes differ is compiled anew."""
+    where, dim, fold = batch
+    sizes = [_size(placeholders[where], dim)] if fold == 1 else []
+    for index, state in states.items():
+        if isinstance(state, Batched) and state.outer == state.inner == 1:
+            sizes.append(_size(placeholders[index], state.dim))
+    symbols = [s for s in sizes if isinstance(s, torch.SymInt) and s.node.has_hint()]
+    for size in symbols[1:]:
+        bool(size == symbols[0])  # adds the guard
+
+
+def _size(placeholder: Node, dim: int) -> Any:
+    value = placeholder.meta.get("example_value")
+    return value.shape[dim] if isinstance(value, Tensor) else None
 
 
 def trains(inputs: Sequence[Any]) -> bool:

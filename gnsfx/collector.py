@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gnsfx._torch import allows_rnn
 from gnsfx.errors import NotMeasuredError
 from gnsfx.leaves import FOREIGN, Collector, collectors_of, tracked_of
 
@@ -139,8 +140,16 @@ def measurements(model: nn.Module) -> list[Measurement]:
     rows = []
     for name, parameter, refusal in zip(found.names, found.parameters, found.refusals, strict=True):
         sq_norm, examples = next(columns).unbind() if refusal is None else (None, None)
+        if sq_norm is not None and (refusal := refused_in_run(parameter)) is not None:
+            sq_norm = examples = None
         rows.append(Measurement(name, parameter, sq_norm, examples, refusal))
     return rows
+
+
+def refused_in_run(parameter: nn.Parameter) -> str | None:
+    """Why a parameter that is measured in general is not in this step: what it left outside its graph was used there."""
+    found = [(c, s, c.leaf.grad) for c, s in collectors_of(parameter) if c.leaf.grad is not None]
+    return next((reason for c, s, norms in found if (reason := c.graph.refused_in_run(s, norms)) is not None), None)
 
 
 def clear(model: nn.Module) -> None:
@@ -177,7 +186,20 @@ def diagnose(model: nn.Module) -> str | None:
         )
     return (
         'no parameter of this model was seen by a graph compiled with backend="gns" that ran with gradients enabled. '
-        'Use model = torch.compile(model, backend="gns") (or model.compile(backend="gns")) and run a forward and backward pass.'
+        'Use model = torch.compile(model, backend="gns") (or model.compile(backend="gns")) and run a forward and backward pass. '
+        "A graph break inside a layer of torch.nn leaves all around it in eager mode: TORCH_LOGS=graph_breaks names it."
+        f"{skipped(model)}"
+    )
+
+
+def skipped(model: nn.Module) -> str:
+    """What to set for the layers that Dynamo does not trace by default, as a sentence; empty for a model without them."""
+    layers = [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    if not layers or allows_rnn():
+        return ""
+    return (
+        f" Dynamo runs {layers[0][1]} ({layers[0][0] or 'the model'}), and what follows it in the same function, in eager mode: "
+        "set torch._dynamo.config.allow_rnn = True before compiling."
     )
 
 

@@ -94,10 +94,11 @@ def coverage(model: nn.Module) -> Coverage:
     """
     seen = any(leaves.collectors_of(p) for p in model.parameters())
     everything = None if seen else collector.diagnose(model)
-    return Coverage(_row(name, parameter, everything) for name, parameter in model.named_parameters())
+    hint = collector.skipped(model)
+    return Coverage(_row(name, parameter, everything, hint) for name, parameter in model.named_parameters())
 
 
-def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
+def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str) -> Row:
     shape = tuple(parameter.shape)
     if not parameter.requires_grad:
         return Row(name, shape, "unused", reason=FROZEN)
@@ -110,9 +111,8 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None) -> Row:
         return Row(name, shape, status, operation, " | ".join(paths), reason)
     if (left_out := leaves.left_out(parameter)) is not None:
         return Row(name, shape, "unused", reason=left_out)
-    return Row(
-        name, shape, "not compiled", reason=everything or (NEVER_CALLED if parameter.grad is None else ELSEWHERE)
-    )
+    reason = everything or (NEVER_CALLED if parameter.grad is None else f"{ELSEWHERE}.{hint}" if hint else ELSEWHERE)
+    return Row(name, shape, "not compiled", reason=reason)
 
 
 _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused", "not compiled")
@@ -120,7 +120,12 @@ _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused",
 
 def _of_graph(owner: leaves.Collector, slot: int) -> tuple[Status, str, str, str]:
     record: Record = owner.graph.report.records[slot]
-    if (reason := owner.refused.get(slot)) is not None:
+    reason = owner.refused.get(slot)
+    if reason is None and owner.leaf.grad is not None:
+        reason = owner.graph.refused_in_run(slot, owner.leaf.grad)
+    if reason is None and record.status == "measured" and (coupled := owner.coupled()) is not None:
+        reason = f"{collector.DOWNSTREAM}: {coupled}"
+    if reason is not None:
         return "refused", record.operation, "", reason
     return record.status, record.operation, record.path, record.reason  # type: ignore[return-value]
 

@@ -262,13 +262,18 @@ def _explain_graph(graph: backend.CapturedGraph, names: Sequence[str]) -> GraphE
 
 def _plan_in_words(graph: backend.CapturedGraph) -> str:
     plan = graph.capture.plan
+    if plan.documents is not None:
+        return f"packed documents, told apart by {_name_of_input(graph, plan.documents.ids)}"
     if plan.batch is None:
         return "no batch dimension"
     index, dim, *fold = plan.batch
-    source = _torch.sources_of(graph._original)[index]
-    name = getattr(source, "name", f"input {index}")
     size = _torch.size_hint(graph._fake_inputs[index].shape[dim]) // (fold[0] if fold else 1)
-    return f"{size} examples along dimension {dim} of {name() if callable(name) else name}"
+    return f"{size} examples along dimension {dim} of {_name_of_input(graph, index)}"
+
+
+def _name_of_input(graph: backend.CapturedGraph, index: int) -> str:
+    name = getattr(_torch.sources_of(graph._original)[index], "name", f"input {index}")
+    return str(name() if callable(name) else name)
 
 
 # ------------------------------------------------------------------------------------------------------ a fresh capture

@@ -10,16 +10,17 @@ anew.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode
-from gnsfx.eager_code import moved_rows
+from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode, never_trace
+from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.marks import produced
 
+never_trace(__name__)
 # id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
 _tracked: dict[int, Tracked] = {}
 TWICE_IN_ONE_BACKWARD = (
@@ -66,8 +67,8 @@ class Tracked:
         """Note what should arrive, behind all hooks of the user, which may put another gradient in its place."""
         self.expected = None if grad is None else (task, _address(grad), grad._version)
         hooks: Any = getattr(self.parameter(), "_backward_hooks", None)
-        if hooks is not None and len(hooks) > 1 and self._hook in hooks:
-            hooks.move_to_end(self._hook)
+        if hooks is not None and len(hooks) > 1 and next(reversed(hooks)) != self._hook and self._hook in hooks:
+            hooks[self._hook] = hooks.pop(self._hook)  # autograd does not see move_to_end
 
     def _arriving(self, grad: Tensor | None) -> None:
         """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
@@ -110,6 +111,7 @@ class Collector:
         self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
         self.per_example: list[Tensor] = []
         self.refused: dict[int, str] = {}
+        self.moved: str | None = None  # why the examples were elsewhere than the graph takes them to be
         self.epoch = 0  # counts how often everything was zeroed
         self.begun = -1  # the backward that last ran through the graph
         self.accumulated = -1  # the backward that last left something in the leaf
@@ -131,7 +133,7 @@ class Collector:
             if later in seen:
                 continue
             seen.add(later)
-            reason = later.graph.coupled(later.leaf.grad) or later.coupled(seen)
+            reason = later.moved or later.graph.coupled(later.leaf.grad) or later.coupled(seen)
             if reason is not None:
                 return reason
         return None
@@ -198,10 +200,10 @@ class Collector:
             if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
                 self.per_example.append(call.per_example)
         _compare_batches(self, [call.examples for call in self._calls if call.examples is not None])
-        moved = next((call.moved for call in self._calls if call.moved), None)
+        self.moved = next((call.moved for call in self._calls if call.moved), self.moved)
         for slot, _, others in self._live():
-            if moved:
-                self.refused[slot] = moved
+            if self.moved:
+                self.refused[slot] = self.moved
             shared = [(c, at) for c, at in others if c.accumulated == self.accumulated]
             if shared or len(self._calls) > 1:
                 for collector, at in [(self, slot), *shared]:
@@ -225,7 +227,7 @@ class Collector:
                 self.refused.pop(slot, None)
         if len(slots) >= len(self.parameters):
             self.epoch += 1
-            self.leaf.grad = None
+            self.leaf.grad = self.moved = None
             self.per_example.clear()
         else:
             for total in [self.leaf.grad, *(x.grad for x in self.per_example)]:
@@ -282,11 +284,9 @@ class Call:
         self.begun: int | None = None
         self.used, self.epoch = False, 0
 
-    def watch(self, probe: Tensor) -> None:
-        """``probe`` is a result of the compiled graph that nobody else sees; its node is the compiled backward."""
-        node = probe.grad_fn
-        assert node is not None
-        metadata_of(node)[PRODUCER] = weakref.ref(self.collector)
+    def watch(self, node: Any, state_of: Callable[[int], Any]) -> None:
+        """``node`` is the compiled backward; ``state_of`` says where the examples are in each result, by its number."""
+        metadata_of(node)[PRODUCER], metadata_of(node)[STATES] = weakref.ref(self.collector), state_of
         self.collector.locate(node)
         # these must not hold the node: a cycle through C++ is never freed
         node.register_prehook(lambda _: self.collector.begin(self))
@@ -323,19 +323,16 @@ class Collectors:
         graph: Any,
         slots: Sequence[int],
         parameters: Sequence[nn.Parameter],
-        batch: tuple[int, int, int] | None,
+        count: Callable[[Callable[[int], Sequence[Any]]], Any],
         assumed: frozenset[int],
         per_example: bool,
         device: torch.device,
     ) -> None:
-        """``assumed``: inputs whose dimension 0 is taken for the examples, and is if no eager code moved its rows."""
+        """``count``: the number of examples, given the shapes of the inputs. ``assumed``: inputs whose dimension 0 is taken for
+        the examples, and is if no eager code moved its rows."""
         self._assumed = assumed
-        self._graph, self._slots, self._batch, self._per_example = (
-            graph,
-            tuple(slots),
-            batch,
-            per_example and bool(slots),
-        )
+        self._graph, self._slots, self._count = graph, tuple(slots), count
+        self._per_example = per_example and bool(slots)
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
         self._device = parameters[0].device if parameters else device
@@ -353,7 +350,7 @@ class Collectors:
         per_example, examples = None, self._examples(args)
         if self._per_example:
             per_example = torch.zeros(
-                len(parameters), examples, dtype=self._dtype, device=self._device, requires_grad=True
+                len(parameters), examples or 1, dtype=self._dtype, device=self._device, requires_grad=True
             )
         moved = None
         for index, value in enumerate(args):
@@ -362,14 +359,10 @@ class Collectors:
                     earlier.later.add(collector)
                 if index in self._assumed and moved is None and produced(value) is None:
                     moved = moved_rows(value, PRODUCER)
-        return Call(collector, per_example, examples if self._batch else None, moved)
+        return Call(collector, per_example, examples, moved)
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
-        if self._batch is None:
-            return 1
-        index, dim, fold = self._batch
-        size = inputs[index].shape[dim]
-        return size if fold == 1 else size // fold
+        return self._count(lambda i: inputs[i].shape)
 
     def fake_leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Leaves for the compiler: a static one, or its length would turn symbolic with a dynamic batch, and (n, B)."""
@@ -381,7 +374,15 @@ class Collectors:
         if self._per_example:
             examples = self._examples(inputs)
             with mode:
-                leaves.append(torch.zeros(n, examples, dtype=self._dtype, device=self._device, requires_grad=True))
+                leaves.append(
+                    torch.zeros(
+                        n,
+                        1 if examples is None else examples,
+                        dtype=self._dtype,
+                        device=self._device,
+                        requires_grad=True,
+                    )
+                )
         return leaves
 
 

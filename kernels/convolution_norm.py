@@ -35,6 +35,7 @@ class _Convolution:
     def weight_gradient(self, grad_output: Tensor, input: Tensor, weight: Tensor, groups: int) -> Tensor:
         """[rows, O, *out], [rows, C, *in] -> gradient of ``weight``, of which only shape and dtype matter."""
         mask = (False, True, False)
+        grad_output, input = _regular(grad_output), _regular(input)
         return torch.ops.aten.convolution_backward(
             grad_output, input, weight, None, self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, groups, mask,
@@ -123,6 +124,11 @@ def _loop(grad_output: Tensor, input: Tensor, weight: Tensor, convolution: _Conv
     shape = input.new_empty(1).expand(weight.shape)
     for g, x in zip(grad_output.unbind(0), input.unbind(0), strict=True):
         yield convolution.weight_gradient(g, x, shape, convolution.groups).unsqueeze(0)
+
+
+def _regular(rows: Tensor) -> Tensor:
+    """The strides of a new tensor: from others along dimensions of size one PyTorch takes it for channels_last, and fails."""
+    return rows.view(-1).view(rows.shape) if rows.is_contiguous() else rows
 
 
 def _chunk(B: int, per_example: int, like: Tensor) -> int:

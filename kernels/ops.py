@@ -15,8 +15,12 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 | collect               | n tensors [B]                              | [n, B]                             |
 | routed_sq_norm        | x [E,N,I], g [E,N,O], or [N,I], [N,O] and offsets [E]; ids | sq_norms [B]       |
 | routed_product        | as above                                   | [B,E,I,O]                          |
+| routed_tied_sq_norm   | n x [N,V], n g [N,O], m rows [N], m values [N,O], V; ids | sq_norms [B]         |
 | sum_by_example        | values, dims; ids                          | [B, *sizes that are not in dims]   |
 | mask_by_example       | values, dims; ids                          | [B, *values.shape]                 |
+| crosses               | values, dims of rows, of columns, mask; ids | 0-d bool                          |
+| misnumbered           | ids, positions, column                     | 0-d bool                           |
+| count_ids             | ids                                        | 0-d fp32                           |
 
 ``ids`` stands for (rows, column, takes, inner, total, examples), which ``example_ids`` turns into the example of each row.
 They go in as one because their number is data, and only an op's inside may see such sizes without guards.
@@ -32,7 +36,17 @@ from gnsfx.kernels.convolution_norm import convolution_sq_norm
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
 from gnsfx.kernels.ghost_norm import ghost_sq_norm
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
-from gnsfx.kernels.routed_norm import example_ids, mask_by_example, routed_product, routed_sq_norm, sum_by_example
+from gnsfx.kernels.routed_norm import (
+    count_ids,
+    crosses,
+    example_ids,
+    mask_by_example,
+    misnumbered,
+    routed_product,
+    routed_sq_norm,
+    routed_tied_sq_norm,
+    sum_by_example,
+)
 from gnsfx.kernels.tied_norm import tied_cross, tied_sq_norm
 
 # Kept across importlib.reload: an op disappears with the Library that defined it.
@@ -80,6 +94,13 @@ def _fake_routed(x: Tensor, g: Tensor, offsets: Tensor | None, *ids) -> Tensor:
 def _fake_product(x: Tensor, g: Tensor, offsets: Tensor | None, *ids) -> Tensor:
     E = x.shape[0] if offsets is None else offsets.shape[0]
     return x.new_empty(ids[-1], E, x.shape[-1], g.shape[-1], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_tied_rows(
+    x: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[Tensor], values: Sequence[Tensor], *ids
+) -> Tensor:
+    both = (*g, *values)
+    return both[0].new_empty(ids[-1], dtype=accumulate_dtype(*(t.dtype for t in (*x, *both))))
 
 
 def _fake_sum_by_example(values: Tensor, dims: Sequence[int], *ids) -> Tensor:
@@ -130,8 +151,24 @@ _FACTORS = f"Tensor x, Tensor g, Tensor? offsets, {_IDS}"
 _register(f"routed_sq_norm({_FACTORS}) -> Tensor", _with_ids(routed_sq_norm), _fake_routed)
 _register(f"routed_product({_FACTORS}) -> Tensor", _with_ids(routed_product), _fake_product)
 _register(
+    f"routed_tied_sq_norm(Tensor[] x, Tensor[] g, Tensor[] at, Tensor[] values, SymInt table, {_IDS}) -> Tensor",
+    _with_ids(routed_tied_sq_norm),
+    _fake_tied_rows,
+)
+_register(
     f"sum_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(sum_by_example), _fake_sum_by_example
 )
 _register(
     f"mask_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(mask_by_example), _fake_mask_by_example
 )
+_register(
+    f"crosses(Tensor values, int[] along, int[] across, bool mask, {_IDS}) -> Tensor",
+    _with_ids(crosses),
+    lambda values, *_: values.new_empty((), dtype=torch.bool),
+)
+_register(
+    "misnumbered(Tensor rows, SymInt positions, int? column) -> Tensor",
+    misnumbered,
+    lambda rows, *_: rows.new_empty((), dtype=torch.bool),
+)
+_register("count_ids(Tensor rows) -> Tensor", count_ids, lambda rows: rows.new_empty((), dtype=torch.float32))

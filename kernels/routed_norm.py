@@ -14,13 +14,22 @@ from torch import Tensor
 
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
 
+SHUT = -5e3
+"""Scores lowered by so much have an attention weight of exactly zero."""
 
-def example_ids(rows: Tensor, column: int | None, takes: Sequence[Tensor], inner: int, total: int, examples: int) -> Tensor:
+
+def example_ids(
+    rows: Tensor, column: int | None, takes: Sequence[Tensor], inner: int, total: int, examples: int
+) -> Tensor:
     """The example of each row [N]: ``rows[takes[0]].. % total // inner % examples``.
 
-    With a ``column``, ``rows`` is a mask: the coordinates along that dimension of its nonzero entries.
+    With a ``column``, ``rows`` is a mask: the coordinates along that dimension of its nonzero entries. Column -1: ``rows``
+    are the positions where documents begin and end.
     """
-    found = rows.flatten() if column is None else rows.nonzero()[:, column]
+    if column == -1:
+        found = torch.arange(rows.shape[0] - 1, device=rows.device).repeat_interleave(rows.diff())
+    else:
+        found = rows.flatten() if column is None else rows.nonzero()[:, column]
     for take in takes:
         found = found[take]
     return found.flatten().remainder(total).div(inner, rounding_mode="floor").remainder(examples)
@@ -64,6 +73,40 @@ def _products(
             yield *divmod(pair, examples), x_b.t() @ g_b
 
 
+def routed_tied_sq_norm(
+    x: Sequence[Tensor],
+    g: Sequence[Tensor],
+    at: Sequence[Tensor],
+    values: Sequence[Tensor],
+    table: int,
+    ids: Tensor,
+    examples: int,
+) -> Tensor:
+    """Squared norms [B] of P_b = sum_k x_kb^T g_kb + sum_k onehot(at_kb)^T values_kb, of shape [table, O].
+
+    x [N, table], g [N, O], at [N], values [N, O] for the same N rows; without x nothing of size table * O exists, else one.
+    """
+    dtype = accumulate_dtype(*(t.dtype for t in (*x, *g, *values)))
+    first = (*g, *values)[0]
+    sq_norms = torch.zeros(examples, dtype=dtype, device=first.device)
+    order = ids.argsort()
+    counts = torch.bincount(ids, minlength=examples).tolist()
+    for b, rows in enumerate(order.split(counts)):
+        if not len(rows):
+            continue
+        slots = [a[rows].long() for a in at]
+        if not x:
+            keys, inverse = torch.cat(slots).unique(return_inverse=True)
+            table, slots = len(keys), inverse.split([len(rows)] * len(at))
+        total = torch.zeros(table, first.shape[1], dtype=dtype, device=first.device)
+        for a, c in zip(x, g, strict=True):
+            total.addmm_(a[rows].to(dtype).t(), c[rows].to(dtype))
+        for slot, value in zip(slots, values, strict=True):
+            total.index_add_(0, slot, value[rows].to(dtype))
+        sq_norms[b] = square_sums(total.reshape(1, -1))[0]
+    return sq_norms
+
+
 def sum_by_example(values: Tensor, dims: Sequence[int], ids: Tensor, examples: int) -> Tensor:
     """Sum over ``dims``, whose entries in row-major order belong to the examples ``ids``: [B, *other sizes]."""
     rest = [d for d in range(values.dim()) if d not in dims]
@@ -79,3 +122,31 @@ def mask_by_example(values: Tensor, dims: Sequence[int], ids: Tensor, examples: 
     others = others.view(examples, *[values.shape[d] for d in dims], *[1] * len(rest))
     places = [1 + [*dims, *rest].index(d) for d in range(values.dim())]
     return values.unsqueeze(0).masked_fill(others.permute(0, *places), 0)
+
+
+def crosses(
+    values: Tensor, rows: Sequence[int], columns: Sequence[int], mask: bool, ids: Tensor, examples: int
+) -> Tensor:
+    """Whether an entry whose row and column belong to different examples is not zero, or as a ``mask`` not shut (0-d bool)."""
+    opened = values if values.dtype == torch.bool else values > SHUT if mask else values != 0
+    others = _spread(ids, rows, values.shape) != _spread(ids, columns, values.shape)
+    return (opened & others).any()
+
+
+def _spread(ids: Tensor, dims: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """ids, counted row-major along ``dims``, with size 1 along all other dimensions of ``shape``."""
+    ordered = sorted(dims)
+    sizes = [shape[d] if d in ordered else 1 for d in range(len(shape))]
+    return ids.view([shape[d] for d in dims]).permute([list(dims).index(d) for d in ordered]).view(sizes)
+
+
+def misnumbered(rows: Tensor, positions: int, column: int | None) -> Tensor:
+    """Whether document ids lie outside of -1..positions-1, or boundaries do not run from 0 to ``positions`` (0-d bool)."""
+    if column == -1:
+        return (rows[0] != 0) | (rows[-1] != positions) | (rows.diff() < 0).any()
+    return ((rows < -1) | (rows >= positions)).any()
+
+
+def count_ids(rows: Tensor) -> Tensor:
+    """How many different ids there are that are not padding (0-d fp32)."""
+    return (rows.unique() >= 0).sum().float()

@@ -17,7 +17,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from gnsfx.errors import GraphError
 from gnsfx.passes.emit import Emitter
-from gnsfx.passes.state import Size
 
 aten = torch.ops.aten
 REFUSED = float("-inf")
@@ -72,12 +71,13 @@ def slots(graph: Graph) -> list[Node]:
 
 
 def attach_collectors(
-    graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], examples: Size, coupled: bool
+    graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], count: Node | None, coupled: bool
 ) -> None:
     """Let the first leaf's gradient be (2, n + 1): sums over examples, and how many; the second's, if any, (n, B).
 
     ``sq_norms`` holds a (B,) node and the status per slot; without a node the slot says refused, or zero where unused.
-    The last column says refused where the graph hands a coupled gradient to the graph before it.
+    ``count``: a 0-d node with the number of examples, where that is data. The last column says refused where the graph
+    hands a coupled gradient to the graph before it.
 
     Raises:
         GraphError: the graph has no leaf.
@@ -90,12 +90,15 @@ def attach_collectors(
     with emit.at(graph.output_node()):
         missing = {s for node, s in sq_norms if node is None}
         constants = {
-            s: emit(aten.full.default, [emit.size(examples)], 0.0 if s == "unused" else REFUSED, **like)
+            s: emit(aten.full.default, [emit.size(emit.examples)], 0.0 if s == "unused" else REFUSED, **like)
             for s in missing
         }
         parts = [node if node is not None else constants[s] for node, s in sq_norms]
         flag = emit(aten.full.default, [1], REFUSED if coupled else 0.0, **like)
-        counts = emit(aten.full.default, [len(parts) + 1], emit.size(examples), **like)
+        if count is None:
+            counts = emit(aten.full.default, [len(parts) + 1], emit.size(emit.examples), **like)
+        else:
+            counts = emit(aten.expand.default, emit.cast(count, value.dtype), [len(parts) + 1])
         columns, stacked = [flag, counts], None
         if parts:
             stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)

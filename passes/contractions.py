@@ -158,13 +158,23 @@ class Convolution(Contraction):
         return self.g.split(emit), self.x.split(emit)
 
     def materialise(self, emit: Emitter) -> Node:
+        """The examples side by side as groups of one convolution."""
         op = arguments(self.node.args[0])  # type: ignore[arg-type]
-        rest = [op[n] for n in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+        rest = [op[n] for n in ("stride", "padding", "dilation", "transposed", "output_padding")]
+        value, (first, *kernel) = self.node.meta["val"], emit.shape(self.node)
+        zero = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
+        wide = emit(aten.expand.default, zero, [emit.size(s) for s in (emit.examples * first, *kernel)])
+        groups = emit.size(emit.examples * op["groups"])
+        rows = [self._side_by_side(emit, f) for f in self.factors(emit)]
+        grads = emit(aten.convolution_backward.default, *rows, wide, None, *rest, groups, [False, True, False])
+        return emit.view(emit(operator.getitem, grads, 1), [emit.examples, first, *kernel])
 
-        def one(g: Any, x: Any, weight: Any) -> Any:
-            return aten.convolution_backward.default(g, x, weight, None, *rest, [False, True, False])[1]
-
-        return _vmapped(emit, one, [self.g.split(emit), self.x.split(emit), op["weight"]], (0, 0, None))
+    def _side_by_side(self, emit: Emitter, rows: Node) -> Node:
+        """(B, R, C, ...) -> (R, B*C, ...), copied: PyTorch fails on the strides that dimensions of size one may have."""
+        B, R, C, *space = emit.shape(rows)
+        front = emit.permute(rows, [1, 0, *range(2, len(space) + 3)])
+        front = emit(aten.clone.default, front, memory_format=torch.contiguous_format)
+        return emit(aten.view.default, front, [emit.size(s) for s in (R, B * C, *space)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +314,7 @@ def index_put_contraction(node: Node, states: States) -> Contraction | None:
     rest = table.meta["val"].shape[count:]
     state = next((s for n in (values, *layout.nodes) if isinstance(s := states.get(n), Batched)), None)
     plain = layout.where == list(range(count)) and values.meta["val"].dim() == width + len(rest) and not layout.masks
-    if state is None or not plain or _nonzero(table):
+    if state is None or not plain or not zeros(table):
         return None
     at = states[values].dim if isinstance(states.get(values), Batched) else None
     if at is None:
@@ -349,15 +359,11 @@ def joint_terms(node: Node, summed: Collection[Node]) -> list[Node]:
     return [a for a in terms if isinstance(a.meta.get("val"), torch.Tensor)]
 
 
-def _nonzero(table: Node) -> bool:
-    zero = table.target in (
-        aten.full.default,
-        aten.full_like.default,
-        aten.new_zeros.default,
-        aten.zeros.default,
-        aten.zeros_like.default,
-    )
-    return not zero or bool(table.target in (aten.full.default, aten.full_like.default) and table.args[1] != 0)
+def zeros(table: Node) -> bool:
+    """Whether a value is zero everywhere, so that what is written into it is all there is."""
+    if table.target in (aten.full.default, aten.full_like.default):
+        return bool(table.args[1] == 0)
+    return table.target in (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 
 
 def flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tuple[Node, Node]:

@@ -62,6 +62,7 @@ def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> 
 def _slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     size = self.shape[dim]  # an end behind it means "up to the end", and has no batching rule
     beyond = isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end > size))
+    start, end = (at + size if isinstance(at, int) and at < 0 else at for at in (start, end))  # nor has a negative one
     return torch.slice_scatter(self, src, dim, start, None if beyond else end, step)
 
 

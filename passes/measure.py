@@ -38,9 +38,9 @@ from gnsfx.passes.joint_graph import JointGraph, source_line
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.indexing import Layout
 from gnsfx.passes.rules.table import Op, arguments
-from gnsfx.passes.segments import RoutedMatmul, RoutedSum
+from gnsfx.passes.segments import RoutedLookup, RoutedMatmul, RoutedSum, expression, sq_norm_of_sum
 from gnsfx.passes.select_path import Choice, Planner
-from gnsfx.passes.state import Batched, Mixed, Partial, Shared, product, same_sizes
+from gnsfx.passes.state import Batched, Mixed, Partial, Routed, Shared, product, same_sizes
 from gnsfx.passes.terms import Term, find_contraction, find_terms, peel
 
 aten, ops = torch.ops.aten, torch.ops.gnsfx
@@ -131,6 +131,10 @@ class Measurer:
             if isinstance(state, Batched):
                 record.operation, record.path = "one row per example", "rows"
                 record.sq_norm = self.emit.square(self.emit.split(gradient, state))
+            elif isinstance(state, Routed):
+                record.operation, record.path = "rows chosen by data", "rows"
+                own = [gradient, list(state.dims), *expression(self.emit, state.ids)]
+                record.sq_norm = self.emit.square(self.emit(ops.mask_by_example.default, *own))
             else:
                 record.operation, record.path = "term of no example", "shared"
                 record.sq_norm = self._of_all(gradient)
@@ -140,6 +144,8 @@ class Measurer:
 
     def _partial(self, record: Record, gradient: Node) -> Record:
         terms = find_terms(gradient, self.states)
+        if terms and (done := self._routed_table(record, terms)):
+            return done
         if terms and len(terms) == 1:
             return self._single(record, terms[0])
         if terms and (done := self._combined(record, terms)):
@@ -158,6 +164,20 @@ class Measurer:
             stack = self._stack(gradient)
             record.sq_norm = self.emit.square(stack)
         record.reason = self.planner.memory_note(stack.meta["val"])
+        return record
+
+    def _routed_table(self, record: Record, terms: list[Term]) -> Record | None:
+        """A table that routed rows look up, and perhaps are multiplied with; one product alone has a path of its own."""
+        scalar = terms[0].contraction.node.meta["val"].dim() == 0
+        if scalar or (len(terms) == 1 and not isinstance(terms[0].contraction, RoutedLookup)):
+            return None
+        with self.emit.at(self.view.output):
+            norms = sq_norm_of_sum(self.emit, terms, terms[0].contraction.node.meta["val"].shape[0])
+            if norms is None:
+                return None
+            norms = self._scaled(norms, terms[0].outer)
+        record.operation = " + ".join(t.contraction.operation for t in terms)
+        record.path, record.sq_norm = "segments", norms
         return record
 
     def _single(self, record: Record, term: Term) -> Record:

@@ -9,17 +9,20 @@ check_graph         outputs and gradients keep their meaning
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
 from gnsfx.passes.attach_collectors import attach_collectors
 from gnsfx.passes.check_graph import check_graph, signature
+from gnsfx.passes.documents import Documents, keep_apart
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.joint_graph import JointGraph, read_joint_graph
 from gnsfx.passes.measure import Measurer, Record, explain_mixed, refuse
+from gnsfx.passes.outside import OUTSIDE, find_outside, guard, reached_from
 from gnsfx.passes.propagate import States, propagate
 from gnsfx.passes.select_path import Planner
 from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, describe, quotient, same_fold
@@ -45,6 +48,16 @@ class Plan:
     parameters: tuple[int, ...]
     memory: int
     forced: str
+    documents: Documents | None = None
+
+    def count(self, shape: Callable[[int], Sequence[Size]]) -> Size | None:
+        """The number of examples, or of places for documents, given the shapes of the inputs; None where it is not known."""
+        if self.documents is not None:
+            return self.documents.places(shape(self.documents.ids))
+        if self.batch is None:
+            return None
+        index, dim, fold = self.batch
+        return quotient(shape(index)[dim], fold)
 
 
 @dataclass(slots=True)
@@ -63,19 +76,22 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     report = Report()
     contract = signature(graph)
     view = read_joint_graph(graph)
-    examples: Size = 1
-    if plan.batch is not None and plan.batch[0] in view.inputs:
-        index, dim, fold = plan.batch
-        examples = quotient(view.inputs[index].meta["val"].shape[dim], fold)
-    states = propagate(view, plan.states, examples)
+    source = plan.documents.ids if plan.documents else plan.batch[0] if plan.batch else None
+    found = plan.count(lambda i: view.inputs[i].meta["val"].shape) if source in view.inputs else None
+    examples: Size = 1 if found is None else found
+    inputs = plan.states
+    if plan.documents is not None and found is not None:
+        inputs = {**inputs, **plan.documents.states(view, examples)}
+    states = propagate(view, inputs, examples)
     if keep_text:
         report.before = print_graph(graph, states)
     results = [view.results.get(i) for i in range(max(view.results, default=-1) + 1)]
     report.outputs = [states.get(n) if n is not None else None for n in results]
     refusal = plan.refusal
-    if refusal is None and (plan.batch is None or plan.batch[0] not in view.inputs):
+    if refusal is None and found is None:
         refusal = "the input that carries the batch dimension is not an input of the joint graph"
-    report.coupled = find_coupling(view, states, plan, refusal)
+    outside = find_outside(view, states)
+    report.coupled = find_coupling(view, states, plan, refusal, outside)
     emit = Emitter(graph, examples)
     measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
     for index in plan.slots:
@@ -87,10 +103,14 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
         elif gradient is None:
             record.status, record.reason = "unused", "it gets no gradient in this graph"
         else:
-            measurer.measure(record, gradient)
+            guard(measurer.measure(record, gradient), gradient, emit, view, outside)
     measurer.apply()
+    count = None
+    if plan.documents is not None and found is not None:
+        keep_apart(report.records, view, states, emit, plan.documents)
+        count = plan.documents.count(view, emit)
     norms = [(r.sq_norm, r.status) for r in report.records]
-    attach_collectors(graph, emit, norms, examples, report.coupled is not None)
+    attach_collectors(graph, emit, norms, count, report.coupled is not None)
     graph.eliminate_dead_code()
     check_graph(graph, contract)
     if keep_text:
@@ -98,7 +118,9 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     return report
 
 
-def find_coupling(view: JointGraph, states: States, plan: Plan, refusal: str | None) -> str | None:
+def find_coupling(
+    view: JointGraph, states: States, plan: Plan, refusal: str | None, outside: Sequence[Node]
+) -> str | None:
     """Why the gradient of an intermediate that came in is not apart by example as the intermediate itself is.
 
     The graph that made it takes its tangent to be apart: it must then refuse its parameters.
@@ -108,6 +130,8 @@ def find_coupling(view: JointGraph, states: States, plan: Plan, refusal: str | N
             continue
         if refusal is not None:
             return refusal
+        if gradient in reached_from(outside):
+            return OUTSIDE
         before, after = states.get(view.inputs[index]), states.get(gradient)
         if isinstance(after, Mixed):
             return explain_mixed(after)

@@ -27,6 +27,7 @@ from torch.fx import Node
 from gnsfx._torch import known
 from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.rules import LINEAR, RULES, Op
+from gnsfx.passes.rules.packed import across_rule
 from gnsfx.passes.rules.picks import PICKS
 from gnsfx.passes.rules.pointwise import CONSTANT, is_pointwise, pointwise_rule
 from gnsfx.passes.rules.routing import routed_rule
@@ -51,6 +52,7 @@ ACCUMULATION = "Gradient addition node"
 PICKED_OUTSIDE = (
     "rows picked out of the batch by an index leave the compiled graph, and which example owns them there is not known"
 )
+UNKNOWN = "it is one of the results of something that is not an op"
 UNPAIRED = "whether its examples are summed here could not be told from the graph"
 COUPLED = "a gradient summed over the batch is combined with single examples again, so the examples interact (batch statistics?)"
 
@@ -86,9 +88,7 @@ def _named(state: Routed, output: Node, states: States, inputs: Mapping[int, Sta
     """Whether the rows can only be those of the examples that they are named after. Row 3 of ``x[mask]``, or of 7 rows
     picked for 4 examples, is never example 3; row 3 of ``x[index]`` may be, where the rows of the index are examples."""
     index, count = state.ids.rows, product([output.meta["val"].shape[d] for d in state.dims])
-    if index.meta["val"].dtype in (torch.bool, torch.uint8) or any(
-        s.ids.rows is index for s in inputs.values() if isinstance(s, Routed)
-    ):
+    if state.ids.column is not None or any(s.ids.rows is index for s in inputs.values() if isinstance(s, Routed)):
         return True
     return not divides(examples, count) or (index.op == "placeholder" and isinstance(states[index], Shared))
 
@@ -100,9 +100,9 @@ def _visit(node: Node, states: States, examples: Size, view: JointGraph, regions
         return
     if node.target is operator.getitem:
         source = states.get(node.args[0])  # type: ignore[arg-type]
-        if isinstance(node.meta.get("val"), torch.Tensor):
+        if isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):  # a tuple in a tuple: higher-order ops
             index: Any = node.args[1]
-            states[node] = source[index] if isinstance(source, tuple) else source or Shared()
+            states[node] = source[index] if isinstance(source, tuple) else source or Mixed(UNKNOWN, node)
         return
     value = node.meta.get("val")
     if not isinstance(value, (torch.Tensor, tuple, list)):
@@ -126,7 +126,8 @@ def _state(node: Node, states: States, examples: Size, tangent: bool, regions: M
         doubt = STATISTIC if STATISTIC in doubts else next(iter(doubts), None) or _random(node)
         return _cotangent(node, Shared(doubt), states, regions) if tangent else Shared(doubt)
     if any(isinstance(s, Routed) for s in flat):
-        rule, pick = routed_rule(node.target), None
+        wide = any(isinstance(s, Routed) and s.across for s in flat)
+        rule, pick = (across_rule if wide else routed_rule)(node.target), None
     else:
         rule = RULES.get(node.target) or (pointwise_rule if is_pointwise(node.target) else None)
         pick = PICKS.get(node.target)

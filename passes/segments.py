@@ -9,22 +9,29 @@ any other op linear in a routed value   RoutedLift     P_b = the op with all oth
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
+from gnsfx._torch import known
 from gnsfx.errors import GraphError
-from gnsfx.passes.contractions import Contraction, joint_terms
+from gnsfx.passes.contractions import Contraction, joint_terms, own_rows, zeros
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.reductions import SUMS, removed
 from gnsfx.passes.rules.table import LINEAR, Op, arguments, overloads
-from gnsfx.passes.state import Ids, Routed, product
+from gnsfx.passes.state import Ids, Routed, Size, product, same_ids
+
+if TYPE_CHECKING:
+    from gnsfx.passes.terms import Term
 
 aten, ops = torch.ops.aten, torch.ops.gnsfx
 MATMULS = overloads("aten.mm.default", "aten.bmm.default")
+PUTS = overloads("aten.index_put.default", "aten._unsafe_index_put.default",
+                 "aten._unsafe_masked_index_put_accumulate.default")  # fmt: skip
 GROUPED = "transformers.grouped_mm_fallback_backward.default"
 
 
@@ -96,6 +103,63 @@ class RoutedLift(Contraction):
         return emit.lift(source, {self.g: own}, shared, index)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedLookup(Contraction):
+    """P_b = onehot(ids_b)^T g_b for one index of the first dimension of a table; every position is a routed row."""
+
+    index: Node
+    g: Node
+    mask: Node | None
+    ids: Ids
+    rows: Size
+
+    def factors(self, emit: Emitter) -> tuple[Node, Node]:
+        """Table rows (N,) and gradients (N, D); what a mask leaves out becomes zeros."""
+        index = own_rows(emit, self.index, self.rows) if self.mask is None else self.index
+        N = product(emit.shape(index))
+        g = emit.view(self.g, [N, product(emit.shape(self.g)) // N])
+        if self.mask is None:
+            return emit.view(index, [N]), g
+        keep, options = emit.view(self.mask, [N]), {"device": g.meta["val"].device, "pin_memory": False}
+        zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, **options)
+        none = emit(aten.full.default, [], 0, dtype=index.meta["val"].dtype, **options)
+        g = emit(aten.where.self, emit(aten.unsqueeze.default, keep, 1), g, zero)
+        return emit(aten.where.self, keep, emit.view(index, [N]), none), g
+
+    def materialise(self, emit: Emitter) -> Node:
+        return RoutedLift(self.node, self.g, Routed(self._dims(), self.ids)).materialise(emit)
+
+    def _dims(self) -> tuple[int, ...]:
+        return tuple(range(self.index.meta["val"].dim()))
+
+
+def sq_norm_of_sum(emit: Emitter, terms: Sequence[Term], width: Size) -> Node | None:
+    """s_b of a table that is looked up and multiplied with the same routed rows (tied embeddings), or only looked up."""
+    matmuls = [(t, c) for t in terms if isinstance(c := t.contraction, RoutedMatmul) and c.offsets is None]
+    lookups = [(t, c) for t in terms if isinstance(c := t.contraction, RoutedLookup)]
+    found = [c for _, c in (*matmuls, *lookups)]
+    flat = all(t.transposed is not None and t.contraction.node.meta["val"].dim() == 2 for t in terms)
+    if len(found) < len(terms) or not flat or any(t.transposed for t, _ in lookups):
+        return None
+    if any(not same_ids(c.ids, found[0].ids) or c.node.meta["val"].dtype.is_complex for c in found):
+        return None
+    x, g, at, values = [], [], [], []
+    for term, contraction in matmuls:
+        left, right = contraction.factors(emit)[:2]
+        left, right = (right, left) if term.transposed else (left, right)
+        x.append(emit(aten.squeeze.dim, left, 0))
+        g.append(_times(emit, emit(aten.squeeze.dim, right, 0), term.scale))
+    for term, contraction in lookups:
+        index, rows = contraction.factors(emit)
+        at.append(index)
+        values.append(_times(emit, rows, term.scale))
+    return emit(ops.routed_tied_sq_norm.default, x, g, at, values, emit.size(width), *expression(emit, found[0].ids))
+
+
+def _times(emit: Emitter, node: Node, factor: float) -> Node:
+    return node if factor == 1.0 else emit(aten.mul.Tensor, node, factor)
+
+
 def find_routed(node: Node, states: States) -> Contraction | None:
     """The record of a node with a routed operand and a partial result."""
     source: Any = node.args[0] if node.target is operator.getitem else node
@@ -108,7 +172,7 @@ def find_routed(node: Node, states: States) -> Contraction | None:
     elif source.target in SUMS and set(states[bound["self"]].dims) <= set(removed(Op(node, states, 1, True))):
         found = RoutedSum(node, bound["self"], states[bound["self"]])
     else:
-        found = None
+        found = _lookup(node, bound, states)
     return found or _lift(node, bound, states)
 
 
@@ -120,6 +184,29 @@ def _matmul(node: Node, a: Node, b: Node, states: States, offsets: Node | None) 
         state = Routed(tuple(last - 1 if d == last else d for d in left.dims), left.ids)
     fits = state.dims == (0,) if b.meta["val"].dim() == 2 else state.dims in ((0, 1), (1,))
     return RoutedMatmul(node, a, b, state.ids, True, offsets) if fits else None
+
+
+def _lookup(node: Node, bound: dict[str, Any], states: States) -> RoutedLookup | None:
+    if node.target is aten.embedding_dense_backward.default:
+        index, g = bound["indices"], bound["grad_output"]
+        if bound["padding_idx"] >= 0:
+            return None
+    elif node.target in PUTS and len(bound["indices"]) == 1 and zeros(bound["self"]):
+        index, g = bound["indices"][0], bound["values"]
+    else:
+        return None
+    state, positions = states.get(g), index.meta["val"].shape
+    integers = index.meta["val"].dtype not in (torch.bool, torch.uint8)
+    if not isinstance(state, Routed) or state.across or not integers or list(state.dims) != sorted(state.dims):
+        return None
+    whole = max(state.dims) < len(positions) and all(
+        d in state.dims or known(size == 1) for d, size in enumerate(positions)
+    )
+    rows = node.meta["val"].shape
+    wide = known(g.meta["val"].numel() == product(positions) * product(rows[1:]))
+    mask = bound.get("mask")
+    fits = mask is None or known(mask.meta["val"].numel() == product(positions))
+    return RoutedLookup(node, index, g, mask, state.ids, rows[0]) if whole and wide and fits else None
 
 
 def _lift(node: Node, bound: dict[str, Any], states: States) -> Contraction:

@@ -43,12 +43,17 @@ class Batched:
         return Batched(dim, self.outer, self.inner)
 
 
+BOUNDARIES = -1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ids:
     """The example of each row: ``rows[takes[0]][takes[1]].. % total // inner % B``.
 
     ``rows`` holds row numbers of a dimension of size ``total``, folded as outer * B * inner. With a
-    ``column``, ``rows`` is a mask: the row numbers are the coordinates along that dimension of its nonzero entries.
+    ``column``, ``rows`` is a mask: the row numbers are the coordinates along that dimension of its nonzero entries; with
+    ``BOUNDARIES`` it holds the positions at which documents begin and end. ``packed``: the rows are the positions of packed
+    documents, which the caller says do not see each other.
     """
 
     rows: Node
@@ -56,14 +61,19 @@ class Ids:
     total: Size
     column: int | None = None
     takes: tuple[Node, ...] = ()
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routed:
-    """The entries along ``dims``, counted row-major in that order, belong to the examples ``ids``, known only from the data."""
+    """The entries along ``dims``, counted row-major in that order, belong to the examples ``ids``, known only from the data.
+
+    ``across``: dimensions along which the entries have the same examples once more, as the columns of attention scores.
+    """
 
     dims: tuple[int, ...]
     ids: Ids
+    across: tuple[int, ...] = ()
 
     def at(self, dims: Sequence[int]) -> Routed:
         return Routed(tuple(dims), self.ids)
@@ -118,7 +128,7 @@ def same_ids(a: Ids, b: Ids) -> bool:
 
 
 def same_rows(a: Routed, b: Routed) -> bool:
-    return a.dims == b.dims and same_ids(a.ids, b.ids)
+    return a.dims == b.dims and a.across == b.across and same_ids(a.ids, b.ids)
 
 
 def rows(state: Batched, examples: Size) -> Size:

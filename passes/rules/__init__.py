@@ -1,6 +1,6 @@
 """The rule table. To add a rule: find the file of the op's family, write one decorated function.
 
-pointwise, views, reductions, matmul, indexing, nn.
+pointwise, views, reductions, matmul, indexing, nn, bags, distances, flex, linalg; rows chosen by data: picks, routing, naming.
 """
 
 from __future__ import annotations
@@ -11,7 +11,20 @@ from typing import Any
 from torch._ops import OpOverload, OpOverloadPacket
 
 from gnsfx.errors import RuleError
-from gnsfx.passes.rules import indexing, matmul, nn, pointwise, reductions, views  # noqa: F401  (fill the table)
+from gnsfx.passes.rules import (  # noqa: F401  (fill the table)
+    bags,
+    distances,
+    flex,
+    indexing,
+    linalg,
+    matmul,
+    nn,
+    picks,
+    pointwise,
+    reductions,
+    routing,
+    views,
+)
 from gnsfx.passes.rules.nn import leading, outputs
 from gnsfx.passes.rules.table import LINEAR, RULES, Op, Rule, rule
 from gnsfx.passes.state import Batched, Mixed, Partial, Shared, State

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.passes.rules.table import Op, aligned, overloads, rule
-from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, reshape, rows, same_fold
+from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, reshape, rows, same_fold, same_sizes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 PICKED = "indexes the examples themselves"
@@ -74,12 +74,15 @@ def own_index(op: Op, node: Node, state: Batched) -> Batched | None:
         aten.unsqueeze.default,
         aten.expand.default,
         aten.clone.default,
+        aten.slice.Tensor,
         prims.convert_element_type.default,
     ):
         source = node.args[0]
         assert isinstance(source, Node)
+        if node.target is aten.slice.Tensor and not same_sizes(op.shape(node), op.shape(source)):
+            return None
         found = own_index(op, source, state)
-        if found is None or node.target in (aten.clone.default, prims.convert_element_type.default):
+        if found is None or node.target in (aten.clone.default, aten.slice.Tensor, prims.convert_element_type.default):
             return found
         if node.target is aten.expand.default:
             return found.at(found.dim + len(op.shape(node)) - len(op.shape(source)))
@@ -203,9 +206,29 @@ def scatter_rule(op: Op) -> State:
     return op.contracted() if adds and "self" not in batched else op.mixed("several examples may write the same row")
 
 
+@rule(*overloads("aten.index_add.default"), linear=["self source"])
+def index_add_rule(op: Op) -> State:
+    """Backward of ``index_select``: rows of ``source`` are added to the rows of ``self`` that ``index`` names."""
+    dim, own, source = op.dim(op["dim"]), op.state("self"), op.state("source")
+    written = [s for s in (source, op.state("index")) if isinstance(s, Batched)]
+    if isinstance(source, Batched) and source.dim != dim and not op.batched("index"):
+        if isinstance(own, Batched) and (own.dim != source.dim or not same_fold(own, source)):
+            return op.mixed("the examples lie along different dimensions of two arguments")
+        return source
+    if not written:
+        assert isinstance(own, Batched)
+        return op.mixed("writes into some examples of the batch") if own.dim == dim else own
+    along = not isinstance(source, Batched) or source.dim == dim
+    if isinstance(own, Batched) or not along or not all(same_fold(s, written[0]) for s in written):
+        return op.mixed(PICKED)
+    return op.contracted()
+
+
 @rule(*overloads("aten.searchsorted.Tensor"))
 def searchsorted_rule(op: Op) -> State:
     own = op.state("sorted_sequence")
+    if op.batched("sorter"):
+        return op.mixed("an order that depends on the example")
     if isinstance(own, Batched):
         last = own.dim == len(op.shape("sorted_sequence")) - 1
         return op.mixed(PICKED) if last else aligned(op, [op["sorted_sequence"], op["self"]])
@@ -216,3 +239,23 @@ def searchsorted_rule(op: Op) -> State:
 def embedding_renorm_rule(op: Op) -> State:
     """``max_norm`` rescales rows of the table that the batch uses; nothing differentiates it."""
     return op.mixed(PICKED) if op.batched("self") else op.contracted()
+
+
+@rule(*overloads("aten.index_reduce.default"))
+def index_reduce_rule(op: Op) -> State:
+    own, source, dim = op.state("self"), op.state("source"), op.dim(op["dim"])
+    if op.batched("index"):
+        return op.mixed(PICKED)
+    found = own if isinstance(own, Batched) else source
+    assert isinstance(found, Batched)
+    if isinstance(source, Batched) and (found.dim != source.dim or not same_fold(found, source)):
+        return op.mixed("the examples lie along different dimensions of index and source")
+    return op.mixed("several examples may write the same row") if found.dim == dim else found
+
+
+@rule(*overloads("aten.multinomial.default"))
+def multinomial_rule(op: Op) -> State:
+    """One draw from each row of probabilities."""
+    state = op.state("self")
+    assert isinstance(state, Batched)
+    return state if state.dim == 0 and len(op.shape()) == 2 else op.mixed("draws examples")

@@ -1,6 +1,7 @@
 """Convolution, pooling, resampling, normalisation, attention and Fourier transforms: ops whose leading dimensions are independent.
 
 convolution_backward((B, O, ...), (B, C, ...))  -> batched(0), partial, partial
+convolution of (1, B*C, ...) in B groups        -> batched(1), a weight for each example
 scaled_dot_product_attention of (B, H, T, D)    -> batched(0), logsumexp batched(0), random state shared
 """
 
@@ -10,10 +11,11 @@ import re
 
 import torch
 
-from gnsfx._torch import known
+from gnsfx._torch import known, simplified
+from gnsfx.passes.joint_graph import fake
 from gnsfx.passes.rules.pointwise import tensors
 from gnsfx.passes.rules.table import LINEAR, Op, overloads, rule
-from gnsfx.passes.state import Batched, Shared, State, rows, same_fold
+from gnsfx.passes.state import Batched, Shared, State, divides, quotient, rows, same_fold
 
 
 def leading(op: Op, names: list[str] | None = None, below: int = 1) -> State:
@@ -39,19 +41,35 @@ def outputs(op: Op, state: State) -> State | tuple[State, ...]:
         return state
 
     def of(v: object) -> State:
-        shape = tuple(getattr(v, "shape", ()))
-        fits = (
-            isinstance(state, Batched)
-            and len(shape) > state.dim
-            and known(shape[state.dim] == rows(state, op.examples))
-        )
-        return state if fits or not isinstance(state, Batched) else Shared()
+        if not isinstance(state, Batched) or not isinstance(v, torch.Tensor):
+            return Shared() if isinstance(state, Batched) else state
+        shape = tuple(map(simplified, v.shape))
+        expected = rows(state, op.examples)
+        if len(shape) > state.dim and known(shape[state.dim] == expected):
+            return state
+        numbers = v.is_floating_point() or v.is_complex()
+        open_ = numbers and len(shape) > state.dim and not known(shape[state.dim] != expected)
+        return op.mixed("whether this result has a row per example depends on a size") if open_ else Shared()
 
     return tuple(of(v) for v in value)
 
 
+def _in_groups(op: Op) -> bool:
+    """(1, B*C, ...) with groups that no two examples share: a convolution with a weight for each example."""
+    x, groups = op.state("input"), fake(op["groups"])
+    return isinstance(x, Batched) and x.dim == 1 and known(x.outer == 1) and divides(op.examples, groups)
+
+
 @rule(*overloads("aten.convolution.default"))  # with a bias it is not linear
 def convolution_rule(op: Op) -> State:
+    if _in_groups(op):
+        same = all(s.dim == 0 and known(s.outer == 1) for s in op.batched("weight", "bias").values())
+        per_example = divides(op.examples, op.shape()[1])
+        return (
+            Batched(1, 1, quotient(op.shape()[1], op.examples))
+            if same and per_example
+            else op.mixed("convolves with a weight that depends on another example")
+        )
     if op.batched("weight", "bias"):
         return op.mixed("convolves with a weight that depends on the example")
     return leading(op, ["input"])
@@ -59,6 +77,16 @@ def convolution_rule(op: Op) -> State:
 
 @rule(*overloads("aten.convolution_backward.default"))
 def convolution_backward_rule(op: Op) -> tuple[State, ...]:
+    if _in_groups(op):
+        g, x, w = (op.state(n) for n in ("grad_output", "input", "weight"))
+        if (
+            isinstance(g, Batched)
+            and g.dim == 1
+            and known(g.outer == 1)
+            and (not isinstance(w, Batched) or (w.dim == 0 and known(w.outer == 1)))
+        ):
+            return x, Batched(0, 1, quotient(op.shape("weight")[0], op.examples)), Batched(0, 1, g.inner)
+        return (op.mixed("convolves with a weight that depends on another example"),) * 3
     state = leading(op, ["grad_output", "input"])
     if not isinstance(state, Batched) or op.batched("weight"):
         return (op.mixed("convolves with a weight that depends on the example") if op.batched("weight") else state,) * 3
@@ -78,7 +106,8 @@ SPATIAL = overloads(*(f"aten.{name}" for name in (
     "upsample_linear1d.default", "upsample_linear1d_backward.default", "upsample_bilinear2d.default",
     "upsample_bilinear2d_backward.default", "upsample_trilinear3d.default", "upsample_trilinear3d_backward.default",
     "upsample_bicubic2d.default", "upsample_bicubic2d_backward.default", "_upsample_bilinear2d_aa.default",
-    "_upsample_bilinear2d_aa_backward.default", "reflection_pad1d.default", "reflection_pad1d_backward.default",
+    "_upsample_bilinear2d_aa_backward.default",
+    "_upsample_bicubic2d_aa.default", "_upsample_bicubic2d_aa_backward.default", "reflection_pad1d.default", "reflection_pad1d_backward.default",
     "reflection_pad2d.default", "reflection_pad2d_backward.default", "reflection_pad3d.default", "reflection_pad3d_backward.default",
     "replication_pad1d.default", "replication_pad1d_backward.default", "replication_pad2d.default", "replication_pad2d_backward.default",
     "replication_pad3d.default", "replication_pad3d_backward.default",
@@ -100,13 +129,9 @@ def spatial_rule(op: Op) -> State | tuple[State, ...]:
 
 @rule(*overloads("aten.grid_sampler_2d.default", "aten.grid_sampler_2d_backward.default", "aten.grid_sampler_3d.default",
                  "aten.grid_sampler_3d_backward.default", "aten.im2col.default", "aten.col2im.default", "aten.pixel_shuffle.default",
-                 "aten.pixel_unshuffle.default", "aten.channel_shuffle.default", "aten._cdist_forward.default",
-                 "aten._cdist_backward.default"))  # fmt: skip
+                 "aten.pixel_unshuffle.default", "aten.channel_shuffle.default"))  # fmt: skip
 def first_dimension_rule(op: Op) -> State | tuple[State, ...]:
     name, dims = str(op.node.target), {len(op.shape(t)) for t in tensors(op)}
-    batched = {len(op.shape(t)) for t in tensors(op) if isinstance(op.state(t), Batched)}
-    if "cdist" in name and (min(batched) < 3 or batched != {max(dims)}):  # leading dimensions broadcast from the right
-        return op.mixed("distances between examples")
     if min(dims) < (3 if "col2im" in name else 4 if "im2col" in name or "pixel" in name else 0):
         return op.mixed("takes the examples for channels: there is no batch dimension")
     return outputs(op, leading(op))
@@ -162,3 +187,6 @@ def fft_rule(op: Op) -> State:
 
 
 LINEAR[torch.ops.aten._weight_norm_interface_backward.default] = (frozenset({"grad_w"}),)
+for target in (*SPATIAL, torch.ops.aten.convolution_backward.default):
+    if "backward" in str(target):
+        LINEAR[target] = (frozenset({"grad_output"}),)

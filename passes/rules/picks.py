@@ -210,7 +210,7 @@ def index_rule(op: Op) -> State:
     return index.at([layout.start + d for d in index.dims])
 
 
-@routed("aten.index_put.default", "aten._unsafe_index_put.default")
+@routed("aten.index_put.default", "aten._unsafe_index_put.default", "aten._unsafe_masked_index_put_accumulate.default")
 def index_put_rule(op: Op) -> State:
     source = op.state(op["indices"][0]) if len(op["indices"]) == 1 else None
     if inverse_of(op.node) is not None and isinstance(source, Routed):
@@ -218,18 +218,20 @@ def index_put_rule(op: Op) -> State:
     back = put_rows(op, "self", op["indices"], "values")
     if back is not None:
         return back
-    value, layout = op.state("values"), None if _mask(op["indices"]) else Layout(op, op["indices"])
+    layout = None if _mask(op["indices"]) else Layout(op, op["indices"])
     if layout is None or layout.masks or not isinstance(op.state("self"), Shared):
         return op.mixed(MEETS)
-    index = together(op, layout.nodes, layout.shape)
-    here = index.at([layout.start + d for d in index.dims]) if isinstance(index, Routed) else None
-    if (
-        isinstance(index, Mixed)
-        or isinstance(value, Batched)
-        or (here and isinstance(value, Routed) and not same_rows(here, value))
-    ):
+    value, width = op.state("values"), len(layout.shape) + len(op.shape("self")) - len(layout.where)
+    index, mask = together(op, layout.nodes, layout.shape), op.state("mask") if "mask" in op.args else Shared()
+    if isinstance(mask, Batched) or (
+        isinstance(mask, Routed) and not _same_place(index, mask)
+    ):  # (*index shape, 1, ..)
         return op.mixed(MEETS)
-    return op.contracted() if op["accumulate"] else op.mixed("several examples may write the same row")
+    here = index.at([layout.start + d for d in index.dims]) if isinstance(index, Routed) else None
+    there = value.at([d + width - len(op.shape("values")) for d in value.dims]) if isinstance(value, Routed) else None
+    if isinstance(index, Mixed) or isinstance(value, Batched) or (here and there and not same_rows(here, there)):
+        return op.mixed(MEETS)
+    return op.contracted() if op.args.get("accumulate", True) else op.mixed("several examples may write the same row")
 
 
 def vector(node: Node, dim: int) -> Node | None:
@@ -245,27 +247,19 @@ def vector(node: Node, dim: int) -> Node | None:
 
 @routed(*SCATTERS, "aten.index_add.default", "aten.index_copy.default")
 def scatter_rule(op: Op) -> State:
-    dim, values = op.dim(op["dim"]), "src" if "src" in op.args else "source"
-    if values not in op.args:
-        return op.mixed(MEETS)
-    value = op.state(values)
-    along = isinstance(value, Routed) and dim in value.dims
+    """Along another dimension everything stays in its row; along the rows they return to where they came from, or are summed."""
+    dim, names = op.dim(op["dim"]), [n for n in ("self", "index", "src", "source") if n in op.args]
+    if not any(dim in s.dims for n in names if isinstance(s := op.state(n), Routed)):
+        inside = len(op.shape("index")) == len(op.shape()) and _same_leading(op, dim)
+        return together(op, [op[n] for n in names], op.shape("index")) if inside else op.mixed(MEETS)
+    values = names[-1]
     index = op["index"] if len(op.shape("index")) == 1 else vector(op["index"], dim)
-    if along and index is not None:
-        indices: list[Node | None] = [None] * dim + [index]
-        back = put_rows(op, "self", indices, values)
-        if back is not None:
-            return back
-    if not along and values == "src":
-        return (
-            together(op, [op["self"], op["index"], op["src"]], op.shape("index"))
-            if _same_leading(op, dim)
-            else op.mixed(MEETS)
-        )
-    adds = "add" in str(op.node.target)
-    aligned = index is not None or isinstance(together(op, [op["index"], op[values]], op.shape("index")), Routed)
-    fits = adds and aligned and isinstance(op.state("self"), Shared) and not isinstance(op.state("index"), Batched)
-    return op.contracted() if fits and not isinstance(value, Batched) else op.mixed(MEETS)
+    if index is not None and (back := put_rows(op, "self", [None] * dim + [index], values)) is not None:
+        return back
+    rows = [op["index"], op[values]]
+    aligned = index is not None or isinstance(together(op, rows, op.shape("index")), Routed)
+    fits = "add" in str(op.node.target) and aligned and isinstance(op.state("self"), Shared)
+    return op.contracted() if fits and not any(isinstance(op.state(v), Batched) for v in rows) else op.mixed(MEETS)
 
 
 def _same_leading(op: Op, dim: int) -> bool:

@@ -16,7 +16,8 @@ STATISTICS = overloads(
     "aten.amax.default", "aten.amin.default", "aten.any.default", "aten.any.dim", "aten.any.dims", "aten.all.default",
     "aten.all.dim", "aten.all.dims", "aten.prod.default", "aten.prod.dim_int", "aten.argmax.default", "aten.argmin.default", "aten.max.default",
     "aten.min.default", "aten.max.dim", "aten.min.dim", "aten.var.correction", "aten.var_mean.correction", "aten.std.correction",
-    "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.median.dim", "aten.mode.default", "aten.kthvalue.default",
+    "aten.logsumexp.default", "aten.linalg_vector_norm.default", "aten.median.dim", "aten.median.default", "aten.nanmedian.dim",
+    "aten.nanmedian.default", "aten.mode.default", "aten.kthvalue.default",
     "aten.nansum.default", "aten.count_nonzero.dim_IntList", "aten.std_mean.correction",
 )  # fmt: skip
 SCANS = overloads(

@@ -127,7 +127,7 @@ def expand_rule(op: Op) -> State:
         "aten.glu_backward.default", *[t for t in SCANS if "sort" not in str(t)])  # fmt: skip
 def along_rule(op: Op) -> State | tuple[State, ...]:
     """Works along dimensions that are not those of the rows."""
-    names = [n for n in ("self", "grad_output", "output", "input") if n in op.args]
+    names = [n for n in ("self", "grad_output", "output", "input") if n in op.args] or [next(iter(op.args))]
     found = [s for n in names if isinstance(s := op.state(n), Routed)]
     state: State = found[0]
     shape = op.shape(names[0])
@@ -221,6 +221,9 @@ def matmul_state(op: Op, left: str, right: str) -> State:
     roles_a = [("lead", "row", "inner")[d + 1 - lead] for d in a.dims] if isinstance(a, Routed) else None
     roles_b = [("lead", "inner", "column")[d + 1 - lead] for d in b.dims] if isinstance(b, Routed) else None
     if roles_a and roles_b and not (roles_a == roles_b and same_ids(a.ids, b.ids)):  # type: ignore[union-attr]
+        assert isinstance(a, Routed) and isinstance(b, Routed)
+        if roles_a == ["row"] and roles_b == ["column"] and a.ids.packed and same_ids(a.ids, b.ids):
+            return Routed((lead,), a.ids, (lead + 1,))  # attention scores within documents
         return op.mixed(MEETS)
     roles, at = roles_a or roles_b or [], {"lead": 0, "row": lead, "column": lead + 1}
     if "inner" in roles:

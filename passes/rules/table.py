@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from gnsfx._torch import known, simplified
@@ -90,8 +91,10 @@ class Op:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """Arguments of a node by schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    """Arguments of a node by schema name, defaults filled in; of a higher-order op by position, as it has no schema."""
+    if not isinstance(node.target, OpOverload):
+        return {str(i): a for i, a in enumerate(node.args)} | node.kwargs
+    schema = node.target._schema.arguments
     bound: dict[str, Any] = dict(node.kwargs)
     for position, argument in enumerate(schema):
         if position < len(node.args):

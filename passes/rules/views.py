@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from gnsfx._torch import known
 from gnsfx.passes.joint_graph import fake
 from gnsfx.passes.rules.table import Op, overloads, rule
@@ -31,7 +33,7 @@ def view_of_rule(op: Op) -> State:
     return op.state("a")
 
 
-@rule(*overloads("aten.view.dtype"), linear=())
+@rule(*overloads("aten.view.dtype"), linear=["self"])  # of a gradient only between complex and real numbers
 def view_dtype_rule(op: Op) -> State:
     state = op.state("self")
     assert isinstance(state, Batched)
@@ -79,7 +81,15 @@ def slice_rule(op: Op) -> State:
     if not known(start >= 0):
         start = start + op.shape("self")[dim]
     whole = known(op["step"] == 1) and divides(block, length) and (known(start == 0) or divides(block, start))
+    if _every_nth(op, op.shape("self")[dim], length) and divides(op["step"], state.inner):
+        return Batched(dim, state.outer, quotient(state.inner, op["step"]))
     return Batched(dim, quotient(length, block), state.inner) if whole else op.mixed(NOT_SPLIT)
+
+
+def _every_nth(op: Op, rows: Size, picked: Size) -> bool:
+    """Whether a slice takes one of every ``step`` rows, as of views of each example that lie side by side."""
+    start, step = fake(op["start"] or 0), op["step"]
+    return known(step > 1) and known(start >= 0) and known(start < step) and known(rows == picked * step)
 
 
 @rule(*overloads("aten.select.int", "aten.select_copy.int"), linear=["self"])
@@ -117,7 +127,8 @@ def split_rule(op: Op) -> tuple[State, ...]:
 @rule(*overloads("aten.cat.default"), linear=["tensors"])
 def cat_rule(op: Op) -> State:
     dim = op["dim"] % len(op.shape())
-    states = [op.state(t) for t in op["tensors"] if len(op.shape(t)) == len(op.shape())]
+    tensors = [t for t in op["tensors"] if len(op.shape(t)) == len(op.shape())]
+    states = [op.state(t) for t in tensors]
     batched = [s for s in states if isinstance(s, Batched)]
     first = batched[0]
     if any(s.dim != first.dim for s in batched):
@@ -126,11 +137,24 @@ def cat_rule(op: Op) -> State:
         return (
             first if all(same_fold(s, first) for s in batched) else op.mixed("concatenates values folded differently")
         )
-    if len(batched) < len(states):
-        return op.mixed("concatenates the examples with rows that belong to none")
     if not all(known(s.inner == first.inner) for s in batched):
         return op.mixed("concatenates values folded differently")
-    return Batched(dim, sum((s.outer for s in batched[1:]), start=first.outer), first.inner)
+    block, outer = op.examples * first.inner, 0
+    for tensor, state in zip(tensors, states, strict=True):
+        if isinstance(state, Batched):
+            outer = outer + state.outer
+        elif op.tangent and is_zero(tensor) and divides(block, op.shape(tensor)[dim]):
+            outer = outer + quotient(op.shape(tensor)[dim], block)  # the gradient of a view that is not used
+        else:
+            return op.mixed("concatenates the examples with rows that belong to none")
+    return Batched(dim, outer, first.inner)
+
+
+def is_zero(node: Any) -> bool:
+    """Whether a value is known to be zero everywhere."""
+    while node.target in (torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten.clone.default):
+        node = node.args[0]
+    return node.target is torch.ops.aten.full.default and isinstance(node.args[1], (int, float)) and node.args[1] == 0
 
 
 @rule(*overloads("aten.constant_pad_nd.default"), linear=["self"])
@@ -192,6 +216,13 @@ def scatter_view_rule(op: Op) -> State:
         back = src.at(src.dim + ("select" in target and src.dim >= dims[0])) if isinstance(src, Batched) else None
     if isinstance(src, Batched) and back is None:
         return op.mixed("writes into a diagonal through the batch dimension")
+    at = back or own
+    assert isinstance(at, Batched)
+    if "slice" in target and at.dim in dims and _every_nth(op, op.shape()[at.dim], op.shape("src")[at.dim]):
+        wide = own if back is None else Batched(at.dim, at.outer, at.inner * op["step"])
+        assert isinstance(wide, Batched)
+        same = not isinstance(own, Batched) or (own.dim == wide.dim and same_fold(own, wide))
+        return wide if same and divides(op["step"], wide.inner) else op.mixed("writes into rows of other examples")
     if isinstance(own, Batched) and back is not None and (own.dim != back.dim or not same_fold(own, back)):
         whole = own.dim == back.dim and own.dim in dims
         return (

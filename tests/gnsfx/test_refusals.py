@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gnsfx import collector
+from gnsfx import NoiseScale, collector
+from gnsfx.coverage import coverage
 from gnsfx.errors import GnsWarning
 from tests import oracle, zoo
 
@@ -196,6 +197,23 @@ def test_a_linear_loss_with_weights_per_example(dropout: bool) -> None:
     assert oracle.names_beyond(collector.per_example_sq_norms(model), truth, oracle.tolerance(torch.float64)) == []
 
 
+class Dotted(nn.Module):
+    """The first gradient in the backward is that of a vector of the batch or of one that all share: they look alike."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+        self.register_buffer("weights", torch.arange(1.0, rows + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.dot(x * self.scale + self.shift, self.weights)
+
+
+def test_a_gradient_that_may_be_of_one_argument_or_the_other() -> None:
+    refused = refusals(Dotted(5).double(), lambda m: m(zoo.floats(5)))
+    assert "could not be told from the graph" in refused["shift"]
+
+
 class Regularised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -263,16 +281,27 @@ class Temperature(nn.Module):
         return self.a(x), self.scale.exp()
 
 
-def test_a_parameter_that_leaves_the_graph_by_itself() -> None:
+@pytest.mark.parametrize("used", [True, False])
+def test_a_parameter_that_leaves_the_graph_by_itself(used: bool) -> None:
+    """Refused in a step where its use outside has a gradient, by whoever reads it; exact in any other."""
     model, x = Temperature().double(), zoo.floats(4, 4)
-
-    def call(compiled: nn.Module) -> Tensor:
+    compiled = torch.compile(model, backend="gns", options=EAGER)
+    for outside in (used, not used, used):
+        model.zero_grad()
         out, scale = compiled(x)
-        return zoo.squares(out * scale)
-
-    refused = refusals(model, call)
-    assert set(refused) == {"scale"}
-    assert "leaves the compiled graph" in refused["scale"]
+        zoo.squares(out * scale if outside else out).mean().backward()
+        rows = {row.name: (row.status, row.reason) for row in coverage(model)}
+        assert set(collector.sq_norms(model)) == {"a.weight", "a.bias"} | (set() if outside else {"scale"})
+        assert rows["a.weight"] == rows["a.bias"] == ("measured", "")
+        assert rows["scale"][0] == ("refused" if outside else "measured")
+        assert not outside or (
+            "leaves the compiled graph" in rows["scale"][1] and "self.scale.exp()" in rows["scale"][1]
+        )
+        noise = NoiseScale(model)
+        noise.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GnsWarning)
+            assert set(noise.by_parameter()) == {"a.weight", "a.bias"} | (set() if outside else {"scale"})
 
 
 class LearnedWeight(nn.Module):
@@ -311,3 +340,23 @@ def test_vectors_beside_the_input_do_not_outvote_it() -> None:
     truth = oracle.per_example_sq_norms(model, zoo.squares(model(x, mean, std)), torch.ones(8).double())
     assert refusals(model, zoo.on(x, mean, std)) == {}
     assert oracle.names_beyond(collector.per_example_sq_norms(model), truth, oracle.tolerance(torch.float64)) == []
+
+
+def test_rows_picked_by_an_index_leave_the_graph() -> None:
+    """Whether row 2 of ``y[index]`` is example 2 or example ``index[2]`` is for the code outside to say."""
+    model, x = zoo.MLP(4, 6, 3).double(), zoo.floats(4, 4)
+
+    def call(m: nn.Module) -> Tensor:
+        return zoo.squares(m(x, torch.tensor([1, 1, 3, 0])))
+
+    picked = Picked(model)
+    assert len(refusals(picked, call)) == len(list(model.parameters()))
+
+
+class Picked(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.model(x)[index]

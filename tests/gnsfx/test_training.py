@@ -282,3 +282,44 @@ def test_zeroing_in_place_after_autograd_grad(model: nn.Module, compiled: nn.Mod
     model.zero_grad(set_to_none=False)
     second(compiled).mean().backward()
     agree(model, truth(model, second))
+
+
+class Turned(nn.Module):
+    """Two blocks of one class share a graph; the second gets its examples in another dimension of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = zoo.MLP(4, 4), zoo.MLP(4, 4)
+        self.turn = Transposed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.turn(self.second(self.turn(self.first(x))))
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).clone()
+
+
+def test_a_graph_that_is_reused_for_a_turned_batch() -> None:
+    model = Turned().double()
+    x = nn.Parameter(zoo.floats(4, 4, 4))
+    for part in (model.first, model.second, model.turn):
+        part.compile(backend="gns", options=EAGER)
+    zoo.squares(model(model.turn(model.turn(x * 1)))).mean().backward()
+    refused = {m.name: m.refusal for m in collector.measurements(model)}
+    assert all("elsewhere than in the call" in (refused[f"second.layers.0.{n}"] or "") for n in ("weight", "bias"))
+    assert all("later graph" in (refused[f"first.layers.0.{n}"] or "") for n in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_hook_that_changes_a_gradient(model: nn.Module, compiled: nn.Module, early: bool) -> None:
+    """The examples no longer add up to it. A hook that only looks changes nothing, whenever it was registered."""
+    call = batch()
+    if not early:
+        call(compiled).mean().backward()
+        model.zero_grad()
+    model.head.weight.register_hook(lambda grad: grad * 2)
+    model.norm.weight.register_hook(lambda grad: None)
+    call(compiled).mean().backward()
+    assert {m.name: m.refusal for m in collector.measurements(model) if m.refusal} == {"wte.weight": leaves.FOREIGN}

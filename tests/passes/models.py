@@ -93,16 +93,22 @@ model("time_first", rows(lambda m, x: m.b(m.a(x).tanh()), (T, B, 4), batch=1, a=
 model("time_first_folded", rows(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, x.shape[:2]), (T, B, 4), batch=1,
       a=linear(4, 3)), matmul=True)
 model("batch_last", rows(lambda m, x: (m.w @ x).tanh(), (4, B), batch=1, w=parameter(2, 4)), matmul=True)
+model("picture", rows(lambda m, x: m.a(x), (2, 4, 4, 3), a=linear(3, 2)), matmul=True)
 model("two_views", rows(lambda m, x, y: torch.cat(m.a(torch.cat((x, y))).tanh().chunk(2), -1), (B, 4), (B, 4),
       a=linear(4, 3)), matmul=True)
 model("three_views_of_rows", rows(lambda m, x: torch.stack(m.a(torch.cat((x, 2 * x, x.flip(1)))).chunk(3), 1),
       (B, T, 4), a=linear(4, 3)), matmul=True)
 model("one_token", rows(lambda m, x: m.b(m.a(x).tanh()), (B, 1, 4), a=linear(4, 3), b=linear(3, 2)), matmul=True)
 model("one_example", rows(lambda m, x: m.b(m.a(x).tanh()), (1, T, 4), a=linear(4, 3), b=linear(3, 2)))
+model("one_of_two_views", rows(lambda m, x: m.a(torch.cat((x, x.sin()))).chunk(2)[0], (B, 4), a=linear(4, 3)), matmul=True)
+model("selected_rows", rows(lambda m, x: m.a(x).index_select(1, m.i), (B, T, 4), a=linear(4, 3),
+      i=lambda: torch.tensor([0, 0, 2])), matmul=True)
 model("reused", rows(lambda m, x: m.a(m.a(x).tanh()) + m.a(x[:, :2]).mean(1, keepdim=True), (B, T, 3),
       a=linear(3, 3)), matmul=True)
 model("reused_2d_and_3d", rows(lambda m, x: m.a(x.mean(1)).unsqueeze(1) * m.a(x), (B, T, 3), a=linear(3, 3)), matmul=True)
 model("reused_scaled", rows(lambda m, x: 2 * F.linear(x, m.w) - F.linear(x.tanh(), -m.w / 3), (B, T, 3),
+      w=parameter(2, 3)), matmul=True)
+model("reused_negated", rows(lambda m, x: (lambda w: F.linear(x, w).sin() * F.linear(x.cos(), w))(-m.w / 2), (B, T, 3),
       w=parameter(2, 3)), matmul=True)
 model("reused_transposed", rows(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t()), (B, T, 3),
       w=parameter(2, 3)), matmul=True)
@@ -116,6 +122,7 @@ model("einsum_per_position", rows(lambda m, x: torch.einsum("btd,tdh->bth", x, m
       matmul=True)
 model("einsum_sum", rows(lambda m, x: torch.einsum("btd,dh->bh", x, m.w), (B, T, 4), w=parameter(4, 2)), matmul=True)
 model("einsum_bilinear", rows(lambda m, x, y: torch.einsum("bi,bj,ijk->bk", x, y, m.w), (B, 3), (B, 4), w=parameter(3, 4, 2)))
+model("bilinear_of_rows", rows(lambda m, x: F.bilinear(m.rows, x, m.w), (B, 4), w=parameter(2, 3, 4), rows=lambda: torch.randn(B, 3)))
 model("bmm_with_shared_weights", rows(lambda m, x: torch.bmm(x.transpose(0, 1), m.w).transpose(0, 1), (B, T, 4),
       w=parameter(T, 4, 2)), matmul=True)
 model("matvec", rows(lambda m, x: (x @ m.w)[:, None], (B, 3), w=parameter(3)))
@@ -178,6 +185,7 @@ model("rms_norm", rows(lambda m, x: m.a(x), (B, T, 4), a=lambda: nn.RMSNorm(4)))
 model("group_norm", rows(lambda m, x: m.a(x), (B, 4, 5), a=lambda: nn.GroupNorm(2, 4)))
 model("norm_reused", rows(lambda m, x: m.a(m.a(x).tanh() + x), (B, T, 4), a=lambda: nn.LayerNorm(4)))
 model("temperature", rows(lambda m, x: (x * m.w).sin() / m.v.exp(), (B, T, 4), w=parameter(), v=parameter()))
+model("threshold", rows(lambda m, x: x.clamp(-2 * m.w, 2 * m.w) * x, (B, T, 4), w=lambda: nn.Parameter(torch.tensor(0.2))))
 model("layer_scale", rows(lambda m, x: x + m.w * x.tanh(), (B, T, 4), w=parameter(4)))
 model("channel_scale", rows(lambda m, x: x * m.w, (B, 4, 5), w=parameter(4, 1)))
 model("class_token", rows(lambda m, x: torch.cat((m.w.expand(x.shape[0], -1, -1), x), 1) * 2, (B, T, 4), w=parameter(1, 1, 4)))
@@ -187,6 +195,7 @@ model("bias_of_everything", rows(lambda m, x: x + m.w, (B, T, 4), w=parameter(B,
 model("sum_only", rows(lambda m, x: (x + m.w).sum(-1), (B, T, 4), w=parameter(1, 4)))
 model("clamped", rows(lambda m, x: torch.maximum(x, m.w) + x.clamp(m.w - 1, m.w), (B, T, 4), w=parameter(4)))
 model("padded_bias", rows(lambda m, x: x + F.pad(m.w, (1, 0)), (B, T, 4), w=parameter(3)))
+model("cut_from_the_end", rows(lambda m, x: x * m.w[:-1] + m.v[-1] * m.u[-5:-1], (B, T, 4), w=parameter(5), v=parameter(2, 4), u=parameter(6)))
 model("stacked_bias", rows(lambda m, x: x + torch.stack((m.w, m.v, m.w)).flatten(), (B, T, 6), w=parameter(2), v=parameter(2)))
 model("repeated_bias", rows(lambda m, x: x * m.w.repeat(2) + m.w.repeat_interleave(2), (B, T, 6), w=parameter(3)))
 model("cumulated_bias", rows(lambda m, x: x * m.w.cumsum(0), (B, T, 4), w=parameter(4)))
@@ -202,6 +211,7 @@ CONVS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "conv1d_same": ((2, 6), lambda: nn.Conv1d(2, 4, 3, padding="same", padding_mode="replicate")),
     "conv2d": ((4, 5, 6), lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 0), groups=2)),
     "conv2d_depthwise": ((4, 5, 5), lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False)),
+    "conv2d_depthwise_dilated": ((4, 7, 7), lambda: nn.Conv2d(4, 4, (2, 3), groups=4, dilation=2, stride=2, padding=1)),
     "conv2d_reflect": ((2, 5, 5), lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect")),
     "conv2d_circular": ((2, 5, 5), lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", dilation=2)),
     "conv3d": ((2, 4, 4, 4), lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1), groups=2)),
@@ -216,6 +226,10 @@ model("conv_folded", rows(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, x.shape
       a=lambda: nn.Conv1d(2, 3, 3)))
 model("conv_time_first", rows(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, x.shape[:2]), (T, B, 2, 5), batch=1,
       a=lambda: nn.Conv1d(2, 3, 3)))
+model("conv_one_position", rows(lambda m, x: m.a((x @ m.w).transpose(1, 2)), (B, 1, 4), w=parameter(4, 4),
+      a=lambda: nn.Conv1d(4, 4, 3, stride=2, padding=1)))
+model("conv_one_position_lifted", rows(lambda m, x: m.a((x @ m.w).transpose(1, 2)), (B, 1, 4), w=parameter(4, 4),
+      a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3, stride=2, padding=1))))
 model("conv_two_views", rows(lambda m, x, y: torch.cat(m.a(torch.cat((x, y))).tanh().chunk(2), 1), (B, 2, 5),
       (B, 2, 5), a=lambda: nn.Conv1d(2, 3, 3)))
 model("conv_reused", rows(lambda m, x: m.a(m.a(x).tanh()), (B, 2, 7), a=lambda: nn.Conv1d(2, 2, 3)))

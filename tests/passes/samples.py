@@ -210,6 +210,7 @@ sample("aten.squeeze.dims", x(1, T, 1, B, at=3), [0, 2], expect="batched(1)")
 sample("prims.view_of.default", x(T, B, at=1), expect="batched(1)")
 sample("aten.view.dtype", x(B, D, at=0), torch.int32, expect="batched(0)", truth="shape")
 sample("aten.view.dtype", x(T, B, at=1), torch.int32, expect="mixed")
+sample("aten.view.dtype", z(B, D, at=0), torch.float64, expect="batched(0)")
 sample("aten.permute.default", x(B, T, D, at=0), [2, 0, 1], expect="batched(1)")
 sample("aten.permute.default", x(T, D, 2 * B, at=(2, 1, 2)), [-1, 0, 1], expect="batched(0, 1*B*2)")
 sample("aten.transpose.int", x(T, B, D, at=1), 1, 2, expect="batched(2)")
@@ -225,6 +226,8 @@ for start, stop, state in ((0, B, "batched(0)"), (B, 3 * B, "batched(0, 2*B*1)")
                            (1, 1 + B, "mixed"), (0, 2, "mixed"), (0, 9223372036854775807, "batched(0, 3*B*1)")):
     sample("aten.slice.Tensor", x(3 * B, D, at=(0, 3, 1)), 0, start, stop, expect=state)
 sample("aten.slice.Tensor", x(3 * B, D, at=(0, 3, 1)), 0, 0, 3 * B, 3, expect="mixed")
+sample("aten.slice.Tensor", x(4 * B, D, at=(0, 1, 4)), 0, 1, 4 * B, 2, expect="batched(0, 1*B*2)")
+sample("aten.slice.Tensor", x(4 * B, D, at=(0, 2, 2)), 0, 0, 4 * B, 4, expect="mixed")
 sample("aten.slice.Tensor", x(T, B, at=1), 0, 1, 3, expect="batched(1)")
 sample("aten.slice.Tensor", x(B * T, D, at=(0, 1, T)), 0, 0, T, expect="mixed")  # the rows of example 0
 sample("aten.slice.Tensor", x(B, D, at=0), 0, 1, None, expect="mixed")
@@ -250,6 +253,9 @@ sample("aten.cat.default", [x(B * 2, D, at=(0, 1, 2)), x(B, D, at=0)], expect="m
 sample("aten.cat.default", [x(T, B, at=1), x(1, B)], expect="batched(1)")
 sample("aten.cat.default", [x(B, D, at=0), x(1, D)], expect="mixed")
 sample("aten.cat.default", [x(B, B, at=0), x(B, B, at=1)], expect="mixed")
+sample("aten.cat.default", [Made(aten.full.default, ([2 * B, D], 0.0)), x(B, D, at=0)], expect="batched(0, 3*B*1)", tangent=True)
+sample("aten.cat.default", [Made(aten.full.default, ([B, D], 0.0)), x(B, D, at=0)], expect="mixed")
+sample("aten.cat.default", [Made(aten.full.default, ([B, D], 1.0)), x(B, D, at=0)], expect="mixed", tangent=True)
 sample("aten.cat.default", [x(0), x(B, D, at=0), x(B, O, at=0)], -1, expect="batched(0)")
 sample("aten.constant_pad_nd.default", x(B, T, at=0), [1, -1], 0.0, expect="batched(0)")
 sample("aten.constant_pad_nd.default", x(B, T, at=0), [1, 1], 7.0, expect="batched(0)")
@@ -276,7 +282,9 @@ sample("aten.slice_scatter.default", x(B, 5, at=0), x(B, 2, at=0), 1, 1, 3, expe
 sample("aten.slice_scatter.default", zeros(2 * B, D), x(B, D, at=0), 0, B, 2 * B, expect="batched(0, 2*B*1)")
 sample("aten.slice_scatter.default", x(2 * B, D, at=(0, 2, 1)), x(B, D, at=0), 0, 0, B, expect="batched(0, 2*B*1)")
 sample("aten.slice_scatter.default", x(2 * B, D, at=(0, 2, 1)), x(B, D, at=0), 0, 1, 1 + B, expect="mixed")
-sample("aten.slice_scatter.default", zeros(2 * B, D), x(B, D, at=0), 0, 0, 2 * B, 2, expect="mixed")
+sample("aten.slice_scatter.default", zeros(2 * B, D), x(B, D, at=0), 0, 0, 2 * B, 2, expect="batched(0, 1*B*2)")
+sample("aten.slice_scatter.default", x(2 * B, D, at=(0, 1, 2)), x(B, D, at=0), 0, 1, 2 * B, 2, expect="batched(0, 1*B*2)")
+sample("aten.slice_scatter.default", x(2 * B, D, at=(0, 2, 1)), x(B, D, at=0), 0, 1, 2 * B, 2, expect="mixed")
 sample("aten.slice_scatter.default", x(B, D, at=0), x(2, D), 0, 0, 2, expect="mixed")
 sample("aten.slice_scatter.default", x(B, B, at=1), x(B, B, at=0), 0, 0, B, expect="mixed")
 sample("aten.select_scatter.default", x(B, T, D, at=0), x(B, D, at=0), 1, 0, expect="batched(0)")
@@ -345,6 +353,9 @@ for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "t
     two = name in ("cummax", "cummin", "sort", "topk")
     for shape, at, state in (((B, T), 0, "batched(0)"), ((T, 2 * B, D), (1, 2, 1), "batched(1, 2*B*1)"), ((T, B), 1, "mixed")):
         sample(f"aten.{name}.default", x(*shape, at=at), *rest, -1, *tail, expect=(state, state) if two else state)
+sample("aten.histc.default", x(B, T, at=0), 4, -3.0, 3.0, expect="shared")
+sample("aten.histc.default", x(B, T, at=0), 4, -3.0, 3.0, expect="mixed", tangent=True)
+sample("aten.bincount.default", ids(5, B, at=0), expect="shared")
 sample("aten.sort.stable", x(B, T, at=0), stable=True, dim=1, expect=BOTH)
 sample("aten.sort.stable", x(B, T, at=0), stable=True, dim=0, expect=("mixed", "mixed"))
 for name in ("aten._softmax_backward_data.default", "aten._log_softmax_backward_data.default"):
@@ -485,6 +496,12 @@ for short, rest in SCATTERS:
 sample("aten.scatter.value", x(B, 7, at=0), 1, ids(7, B, T, at=0), 0.0, expect="batched(0)", tangent=True)
 sample("aten.scatter.value", zeros(B, 7), 1, ids(7, B, T, at=0), -1.0, expect="batched(0)", tangent=True)
 sample("aten.scatter.value", x(B, D, at=0), 0, ids(B, B, D), 1.0, expect="mixed", tangent=True)
+sample("aten.index_add.default", zeros(B, 7), 1, ids(7, T), x(B, T, at=0), expect="batched(0)", tangent=True)
+sample("aten.index_add.default", x(B, 7, at=0), 1, ids(7, T), x(B, T), expect="batched(0)", tangent=True)
+sample("aten.index_add.default", zeros(7, T), 0, ids(7, B), x(B, T, at=0), expect="partial", tangent=True)
+sample("aten.index_add.default", zeros(7, T), 0, ids(7, B, at=0), x(B, T, at=0), expect="partial", tangent=True)
+sample("aten.index_add.default", zeros(B, B), 1, ids(B, B, at=0), x(B, B, at=0), expect="mixed", tangent=True)
+sample("aten.index_add.default", x(B, T, at=0), 0, ids(B, B), x(B, T, at=0), expect="mixed", tangent=True)
 sample("aten.searchsorted.Tensor", drawn(lambda: torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64)), x(T, B, at=1), expect="batched(1)")
 sample("aten.searchsorted.Tensor", drawn(lambda: torch.randn(B, T, dtype=torch.float64).sort().values, at=0), x(B, 4, at=0), expect="batched(0)")
 sample("aten.searchsorted.Tensor", drawn(lambda: torch.randn(T, B, dtype=torch.float64).sort().values, at=1), x(T, B), expect="mixed")
@@ -505,11 +522,22 @@ sample("aten.convolution.default", x(2 * B, D, 5, at=(0, 1, 2)), x(O, D, 3), Non
 sample("aten.convolution.default", x(B, 4, 5, 5, at=0), x(4, 2, 3, 2), None, *CONV2, expect="batched(0)")
 sample("aten.convolution.default", x(B, D, 2, 2, at=0), x(D, O, 2, 2), None, *CONVT, expect="batched(0)")
 sample("aten.convolution.default", x(T, B, 5, at=1), x(O, B, 3), None, *CONV1, expect="mixed")
+OWN1, OWNT = ([1], [1], [1], False, [0], B), ([2], [0], [1], True, [1], 2 * B)
+sample("aten.convolution.default", x(T, 2 * B, 5, at=(1, 1, 2)), x(O * B, 2, 3, at=(0, 1, O)), x(O * B, at=(0, 1, O)), *OWN1,
+       expect="batched(1, 1*B*2)")  # fmt: skip
+sample("aten.convolution.default", x(T, 2 * B, 5, at=(1, 1, 2)), x(O * B, 2, 3), None, *OWN1, expect="batched(1, 1*B*2)")
+sample("aten.convolution.default", x(T, 2 * B, 5, at=(1, 2, 1)), x(O * B, 2, 3), None, *OWN1, expect="mixed")
+sample("aten.convolution.default", x(T, 2 * B, 5, at=(1, 1, 2)), x(O * B, 2, 3, at=(0, 2, 1)), None, *OWN1, expect="mixed")
+sample("aten.convolution.default", x(T, 2 * B, 5, at=(1, 1, 2)), x(2 * B, 3, 2, at=(0, 1, 2)), None, *OWNT, expect="batched(1, 1*B*6)")
 sample("aten.convolution.default", x(B, D, 5, at=0), x(B, D, 3, at=0), None, *CONV1, expect="mixed")
 sample("aten.convolution.default", x(T, D, 5), x(B, D, 3), x(B, at=0), *CONV1, expect="mixed")
 ALL = [True, True, True]
 sample("aten.convolution_backward.default", x(B, O, 5, at=0), x(B, D, 5, at=0), x(O, D, 3), [O], *CONV1, ALL,
        expect=("batched(0)", "partial", "partial"), tangent=True)
+sample("aten.convolution_backward.default", x(T, O * B, 5, at=(1, 1, O)), x(T, 2 * B, 5, at=(1, 1, 2)), x(O * B, 2, 3, at=(0, 1, O)),
+       [O * B], *OWN1, ALL, expect=("batched(1, 1*B*2)", "batched(0, 1*B*2)", "batched(0, 1*B*2)"), tangent=True)
+sample("aten.convolution_backward.default", x(T, O * B, 5), x(T, 2 * B, 5, at=(1, 1, 2)), x(O * B, 2, 3), [O * B], *OWN1, ALL,
+       expect=("mixed",) * 3, tangent=True)
 sample("aten.convolution_backward.default", x(2 * B, O, 5, at=(0, 2, 1)), x(2 * B, D, 5), x(O, D, 3), [O], *CONV1, ALL,
        expect=("batched(0, 2*B*1)", "partial", "partial"), tangent=True)
 sample("aten.convolution_backward.default", x(B, 4, 3, 3, at=0), x(B, 4, 5, 5, at=0), x(4, 2, 3, 2), [4], *CONV2, ALL,
@@ -615,11 +643,16 @@ sample("aten._cdist_forward.default", x(B, T, D, at=0), x(B, 4, D, at=0), 2.0, N
 sample("aten._cdist_forward.default", x(B, D, at=0), x(B, D, at=0), 2.0, None, expect="mixed")
 sample("aten._cdist_forward.default", x(B, B, T, D, at=0), x(B, 4, D, at=0), 2.0, None, expect="mixed")
 sample("aten._cdist_forward.default", x(B, T, D, at=0), x(4, D), 2.0, None, expect="batched(0)")
-sample("aten._cdist_forward.default", x(B, T, D, at=0), x(B, B, 4, D), 2.0, None, expect="mixed")
+sample("aten._cdist_forward.default", x(B, T, D, at=0), x(B, B, 4, D), 2.0, None, expect="batched(1)")
+sample("aten._cdist_forward.default", x(2 * B, D, at=(0, 2, 1)), x(4, D), 2.0, None, expect="batched(0, 2*B*1)")
+sample("aten._cdist_forward.default", x(4, D), x(B * T, D, at=(0, 1, T)), 1.0, None, expect="batched(1, 1*B*3)")
+sample("aten._cdist_forward.default", x(4, B, at=1), x(T, B), 2.0, None, expect="mixed")
 sample("aten._cdist_backward.default", x(B, 4, T, at=0), x(4, D), x(B, T, D, at=0), 2.0, positive(B, 4, T, at=0),
        expect="batched(0)", tangent=True)
 sample("aten._cdist_backward.default", x(B, T, 4, at=0), x(B, T, D, at=0), x(B, 4, D, at=0), 2.0, positive(B, T, 4, at=0),
        expect="batched(0)", tangent=True)
+sample("aten._cdist_backward.default", x(4, B, at=1), x(4, D), x(B, D, at=0), 2.0, positive(4, B, at=1), expect="partial", tangent=True)
+sample("aten._cdist_backward.default", x(B, 4, at=0), x(B, D, at=0), x(4, D), 2.0, positive(B, 4, at=0), expect="batched(0)", tangent=True)
 
 sample("aten.native_layer_norm.default", x(B, T, D, at=0), [D], x(D), x(D), 1e-5, expect=THREE)
 sample("aten.native_layer_norm.default", x(T, B, D, at=1), [D], None, None, 1e-5, expect=("batched(1)",) * 3)
@@ -694,3 +727,128 @@ sample("aten._fft_c2c.default", z(T, 2 * B, 4, at=(1, 2, 1)), [0, 2], 0, True, e
 sample("aten._fft_c2c.default", z(T, B, at=1), [0, -1], 0, True, expect="mixed")
 sample("aten._fft_c2r.default", z(B, D, at=0), [1], 0, 4, expect="batched(0)")
 sample("aten._fft_c2r.default", z(T, B, at=1), [1], 0, 4, expect="mixed")
+
+# --------------------------------------------------------------------------------------------------- linear algebra
+
+
+def definite(*shape: int, at: Any = None) -> Input:
+    """Symmetric and well conditioned; the identity is added to what is drawn, so that any draw is."""
+    return drawn(lambda: (m := torch.randn(*shape, dtype=torch.float64)) @ m.mT + 3 * torch.eye(shape[-1]).double(), at)
+
+
+def factored(index: int, factor: Any, *shape: int, at: Any = None) -> Input:
+    """One of the results of a factorisation."""
+    return drawn(lambda: factor(x(*shape).draw())[index], at)
+
+
+LU, LDL = torch.linalg.lu_factor, lambda m: torch.linalg.ldl_factor(m + m.mT)
+for name, count, matrix in (("_linalg_det", 3, x), ("_linalg_slogdet", 4, x), ("linalg_lu", 3, x), ("linalg_lu_factor_ex", 3, x),
+                            ("linalg_inv_ex", 2, x), ("linalg_qr", 2, x), ("_linalg_svd", 3, x), ("geqrf", 2, x),
+                            ("_linalg_eigh", 2, definite), ("linalg_cholesky_ex", 2, definite), ("linalg_ldl_factor_ex", 3, definite)):  # fmt: skip
+    sample(f"aten.{name}.default", matrix(B, 4, T, T, at=0), expect=("batched(0)",) * count)
+    sample(f"aten.{name}.default", matrix(2, B, T, T, at=1), expect=("batched(1)",) * count)
+    sample(f"aten.{name}.default", matrix(T, B, B, at=1), expect=("mixed",) * count)
+for name in ("cholesky", "cholesky_inverse", "linalg_matrix_exp", "_linalg_eigvals"):
+    sample(f"aten.{name}.default", definite(B, T, T, at=0), expect="batched(0)")
+    sample(f"aten.{name}.default", definite(T, B, B, at=2), expect="mixed")
+sample("aten.linalg_eig.default", definite(2 * B, T, T, at=(0, 2, 1)), expect=("batched(0, 2*B*1)",) * 2)
+sample("aten.linalg_eig.default", definite(B, B, at=1), expect=("mixed",) * 2)
+sample("aten.lu_unpack.default", factored(0, LU, B, T, T, at=0), factored(1, LU, B, T, T, at=0), expect=THREE)
+sample("aten.lu_unpack.default", factored(0, LU, T, B, B, at=1), factored(1, LU, T, B, B), expect=("mixed",) * 3)
+sample("aten._linalg_solve_ex.default", definite(T, T), x(B, T, O, at=0), expect=("batched(0)", "shared", "shared", "shared"))
+sample("aten._linalg_solve_ex.default", definite(B, T, T, at=0), x(B, T, at=0), expect=("batched(0)",) * 4)
+sample("aten._linalg_solve_ex.default", definite(T, T), x(T, B, at=1), expect=("batched(1)", "shared", "shared", "shared"))
+sample("aten.triangular_solve.default", x(B, T, O, at=0), definite(T, T), expect=("batched(0)", "batched(0)"), truth="shape")
+sample("aten.triangular_solve.default", x(T, B, at=1), definite(T, T), expect=("mixed", "mixed"))
+for name, *args in (("cholesky_solve", x(B, T, O, at=0), definite(T, T)), ("ormqr", x(B, T, T), x(B, T), x(B, T, O, at=0)),
+                    ("linalg_solve_triangular", definite(T, T), x(B, T, O, at=0))):  # fmt: skip
+    keywords = {"upper": False} if name == "linalg_solve_triangular" else {}
+    sample(f"aten.{name}.default", *args, expect="batched(0)", **keywords)
+sample("aten.cholesky_solve.default", x(T, B, at=1), definite(T, T), expect="batched(1)")
+sample("aten.ormqr.default", x(T, T), x(T), x(T, B, at=1), expect="batched(1)")
+sample("aten.linalg_solve_triangular.default", definite(T, T), x(T, B, at=1), upper=False, expect="batched(1)")
+sample("aten.linalg_lu_solve.default", factored(0, LU, T, T), factored(1, LU, T, T), x(B, T, O, at=0), expect="batched(0)")
+sample("aten.linalg_lu_solve.default", factored(0, LU, T, T), factored(1, LU, T, T), x(T, B, at=1), expect="batched(1)")
+sample("aten.linalg_ldl_solve.default", factored(0, LDL, T, T), factored(1, LDL, T, T), x(B, T, O, at=0), expect="batched(0)")
+sample("aten.linalg_ldl_solve.default", factored(0, LDL, T, T), factored(1, LDL, T, T), x(T, B, at=1), expect="batched(1)")
+sample("aten.linalg_householder_product.default", x(B, T, T, at=0), x(B, O, at=0), expect="batched(0)")
+sample("aten.linalg_householder_product.default", x(B, T, T, at=0), x(B, B, at=1), expect="mixed")
+
+# ----------------------------------------------------------------------------------------------------------- others
+
+sample("aten.median.default", x(B, T, at=0), expect="shared")
+sample("aten.nanmedian.default", x(B, T, at=0), expect="shared")
+sample("aten.nanmedian.dim", x(B, T, at=0), 1, expect=BOTH)
+sample("aten.nanmedian.dim", x(B, T, at=0), 0, tangent=True, expect=("mixed", "mixed"))
+sample("prims.div.default", x(B, T, at=0), x(B, T, at=0), expect="batched(0)")
+sample("aten.searchsorted.Tensor", x(T), x(T), sorter=ids(T, T, at=0), expect="mixed")
+sample("aten.index_reduce.default", x(T, B, at=1), 0, ids(T, O), x(O, B, at=1), "mean", expect="batched(1)")
+sample("aten.index_reduce.default", x(T, B), 0, ids(T, O), x(O, B, at=1), "prod", expect="batched(1)")
+sample("aten.index_reduce.default", x(T, T), 0, ids(T, B, at=0), x(B, T, at=0), "mean", expect="mixed")
+sample("aten.index_reduce.default", x(T, T), 0, ids(T, B), x(B, T, at=0), "mean", expect="mixed")
+sample("aten.multinomial.default", positive(B, T, at=0), 2, expect="batched(0)", truth="shape")
+sample("aten.multinomial.default", positive(B, at=0), 2, expect="mixed")
+sample("aten.multinomial.default", positive(T, B, at=1), 2, expect="mixed")
+
+# embedding bags: bag j is examples' row j; offsets 0, 4, 8 .. cut a (bags, 4) input
+STARTS = lambda n: Made(prims.iota.default, (n,), {**iota(n).kwargs, "step": 4})  # noqa: E731
+BAG = ("batched(0)", "shared", "batched(0)", "batched(0)")
+for name in ("_embedding_bag", "_embedding_bag_forward_only"):
+    for mode in range(3):
+        sample(f"aten.{name}.default", x(7, D), ids(7, 4 * B, at=(0, 1, 4)), STARTS(B), False, mode, expect=BAG)
+    sample(f"aten.{name}.default", x(7, D), ids(7, 8 * B, at=(0, 2, 4)), STARTS(2 * B), False, 2,
+           expect=("batched(0, 2*B*1)", "shared", "batched(0, 2*B*1)", "batched(0, 2*B*1)"))
+    sample(f"aten.{name}.default", x(7, D), ids(7, 4 * B), STARTS(B), False, 0, False, x(4 * B, at=(0, 1, 4)), expect=BAG)
+    sample(f"aten.{name}.default", x(7, D), ids(7, 10), fixed([0, 2, 7], at=0), False, 1, expect=BAG, truth="shape")
+    sample(f"aten.{name}.default", x(7, D), ids(7, 10), fixed([0, 2, 10], at=0), False, 0, False, None, True, expect=("mixed",) * 4)
+    sample(f"aten.{name}.default", x(7, D), ids(7, B, at=0), fixed([0, 0, 1]), False, 0, expect=("mixed",) * 4)
+    sample(f"aten.{name}.default", x(7, D), ids(7, 4 * B, at=(0, 4, 1)), STARTS(B), False, 0, expect=("mixed",) * 4)
+    sample(f"aten.{name}.default", x(B, D, at=0), ids(B, 4 * B), STARTS(B), False, 0, expect=("mixed",) * 4)
+OF_BAG = (fixed([0] * 4 + [1] * 4 + [2] * 4), fixed([4] * B))
+NO_MAX = fixed([0] * B)
+for at in (0, None):
+    sample("aten._embedding_bag_backward.default", x(B, D, at=at), ids(7, 4 * B, at=(0, 1, 4)), STARTS(B), *OF_BAG, NO_MAX, 7, False, 0, False, None,
+           expect="partial", tangent=True)
+sample("aten._embedding_bag_backward.default", x(B, D, at=0), ids(7, 4 * B), STARTS(B), *OF_BAG, ids(7, B, D, at=0), 7, False, 2, False, None,
+       expect="partial", tangent=True)
+RAGGED = (fixed([0, 2, 7]), fixed([0] * 2 + [1] * 5 + [2] * 3))
+sample("aten._embedding_bag_backward.default", x(B, D, at=0), ids(7, 10), *RAGGED, fixed([2, 5, 3]), NO_MAX, 7, False, 1, False, None,
+       expect="partial", tangent=True)
+sample("aten._embedding_bag_backward.default", x(B, D, at=0), ids(7, 4 * B), STARTS(B), *OF_BAG, NO_MAX, 7, True, 0, False, None, expect="mixed",
+       tangent=True)
+sample("aten._embedding_bag_backward.default", x(B, D, at=1), ids(7, 4 * B), STARTS(B), *OF_BAG, NO_MAX, 7, False, 0, False, None, expect="mixed",
+       tangent=True)
+sample("aten._embedding_bag_per_sample_weights_backward.default", x(B, D, at=0), x(7, D), ids(7, 4 * B, at=(0, 1, 4)), STARTS(B), OF_BAG[0], 0,
+       expect="batched(0, 1*B*4)", tangent=True)
+sample("aten._embedding_bag_per_sample_weights_backward.default", x(B, D, at=0), x(7, D), ids(7, 10), *RAGGED, 0, expect="mixed", tangent=True)
+
+for name in ("_neg_view", "resolve_neg"):
+    sample(f"aten.{name}.default", z(B, D, at=0), expect="batched(0)")
+for mode in ("_upsample_bicubic2d_aa",):
+    sample(f"aten.{mode}.default", x(B, 2, 5, 6, at=0), [3, 3], False, expect="batched(0)")
+    sample(f"aten.{mode}_backward.default", x(B, 2, 3, 3, at=0), [3, 3], [B, 2, 5, 6], False, expect="batched(0)", tangent=True)
+
+# ----------------------------------------------------------------------------------------------------- quantisation
+
+QUANTISED = (0.1, 0, -8, 7)
+ZERO_POINTS = drawn(lambda: torch.tensor([0, 1, 2], dtype=torch.int32))
+
+
+def floats32(*shape: int, at: Any = None) -> Input:
+    return drawn(lambda: torch.randn(shape), at)
+
+
+sample("aten.fake_quantize_per_tensor_affine_cachemask.default", floats32(B, D, at=0), *QUANTISED, expect=("batched(0)",) * 2)
+sample("aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default", floats32(B, D, at=0), fixed([0.1]), fixed([0]), fixed([1]),
+       -8, 7, expect=("batched(0)",) * 2)  # fmt: skip
+sample("aten.fake_quantize_per_channel_affine_cachemask.default", floats32(B, D, at=0), fixed([0.1, 0.2, 0.3]), ZERO_POINTS, 1, -8, 7,
+       expect=("batched(0)",) * 2)  # fmt: skip
+sample("aten.fake_quantize_per_channel_affine_cachemask.default", floats32(B, D, at=0), fixed([0.1, 0.2, 0.3], at=0), ZERO_POINTS, 0, -8, 7,
+       expect=("mixed",) * 2)  # fmt: skip
+
+# a column of the right-hand side for each example, a row of it in X A = B
+sample("aten._linalg_solve_ex.default", x(4, 4), x(4, B, at=1), expect=("batched(1)", "shared", "shared", "shared"))
+sample("aten._linalg_solve_ex.default", x(4, 4), x(B, 4, at=0), left=False, expect=("batched(0)", "shared", "shared", "shared"))
+sample("aten._linalg_solve_ex.default", x(B, B), x(B, B, at=0), expect=("mixed",) * 4)
+sample("aten.linalg_solve_triangular.default", x(4, 4), x(4, 2 * B, at=(1, 2, 1)), upper=False, expect="batched(1, 2*B*1)")
+sample("aten.linalg_solve_triangular.default", x(2, 4, 4), x(4, B, at=1), upper=True, expect="batched(2)")

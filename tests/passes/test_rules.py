@@ -184,7 +184,8 @@ def test_rule(sample: Sample) -> None:
 
 
 def test_every_rule_has_a_sample() -> None:
-    assert [str(op) for op in RULES if op not in SAMPLES] == []
+    """Higher-order ops hold graphs of their own: test_modules.py has whole models of them."""
+    assert [str(op) for op in RULES if op not in SAMPLES and isinstance(op, torch._ops.OpOverload)] == []
 
 
 # -------------------------------------------------------------------------------------------- ops tagged as pointwise
@@ -297,6 +298,12 @@ def test_one_argument_of_a_joint_group_may_be_shared() -> None:
     call = Call(SAMPLES[torch.ops.aten.where.self][1])
     nodes = members(call, frozenset({"self"}))
     assert isinstance(_linear(call.node, {n: Partial() for n in nodes}), Partial)
+
+
+@pytest.mark.parametrize("name", ["aten.mul.Tensor", "aten.mm.default", "aten.bmm.default"])
+def test_a_product_of_two_sums_is_not_a_sum(name: str) -> None:
+    call = next(c for op, group in SAMPLES.items() if str(op) == name for s in group if len((c := Call(s)).values) == 2)
+    assert isinstance(_linear(call.node, {n: Partial() for n in call.values}), Mixed)
 
 
 def test_rules_are_plain_functions_of_the_op() -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from gnsfx._torch import simplified
 from gnsfx.passes.state import Batched, Shared, Size, describe, divides, product, quotient, reshape, rows
 
 SIZE = st.integers(1, 4)
@@ -126,6 +127,31 @@ def test_symbolic_sizes_that_are_one_symbol() -> None:
     back = reshape(there, [s * s, 6], [s, s, 6], s)
     assert back is not None
     assert (back.dim, str(back.outer), str(back.inner)) == (0, "1", "1")
+
+
+def test_symbolic_sizes_known_on_one_side() -> None:
+    """A number that stands for a symbol behind the axis: the number of elements tells what the algebra does not."""
+    env = ShapeEnv()
+    s = symbol(env, "s", 4)
+    for state, before, after in [
+        (Batched(0), [s, s, 4], [s, 2, s // 2, 4]),
+        (Batched(0, 1, 2 * s + 4), [s * (2 * s + 4)], [s, 12]),
+        (Batched(1), [s // 2, s, 4], [2, s, 4]),
+    ]:
+        found = reshape(state, before, after, s)
+        assert found is not None
+        assert (found.dim, str(found.outer), str(found.inner)) == (state.dim, "1", "1")
+
+
+def test_symbolic_floor_division_that_leaves_a_rest() -> None:
+    """(s - 1) // 2 is no (s - 1) / 2: half of the lengths would be off by one."""
+    env = ShapeEnv()
+    s = symbol(env, "s", 6)
+    assert str(simplified((s - 1) // 2)) == str((s - 1) // 2)
+    assert str(simplified((s * s - s) // s)) == str(s - 1)
+    assert not divides(2, s - 1)
+    assert not divides(2, s * s + s)
+    assert divides(s, s * s + s)
 
 
 @many
