@@ -344,6 +344,8 @@ class Measurer:
         partial = {a: self._stack(a) for a in inputs if isinstance(self.states[a], Partial)}
         with emit.at(node):
             dtype = functools.reduce(torch.promote_types, (n.meta["val"].dtype for n in partial.values()))
+            if not dtype.is_complex:  # fused ops compute in fp32 inside; what they are lifted to must not round between
+                dtype = accumulate_dtype(dtype)
             partial = {a: emit.cast(n, dtype) for a, n in partial.items()}
             shared = {a: emit.share(a) for a in joint_terms(source, partial)}
             others = [a for a in inputs if a not in partial and isinstance(a.meta["val"], torch.Tensor)]

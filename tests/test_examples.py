@@ -141,7 +141,7 @@ def test_bad_options_exit_with_2(demo, arguments, expected, capsys):
 
 def test_the_code_in_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2))
     names = {
@@ -151,9 +151,16 @@ def test_the_code_in_the_readme_runs():
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
         "loss_fn": nn.functional.mse_loss,
         "loader": [(torch.randn(16, 8), torch.randn(16, 2)) for _ in range(12)],
+        "tokens": torch.zeros(1, 6, dtype=torch.long),
+        "documents": torch.tensor([[0, 0, 1, 1, 1, -1]]),
+        "boundaries": torch.tensor([0, 2, 6]),
+        "compiled": lambda tokens, documents: None,
     }
-    for block in blocks:
+    whole, packed = blocks.pop(2), blocks.pop()
+    for block in (*blocks, packed):
         exec(block, names)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):
+        exec(whole, names)
     noise = names["noise"]
     assert noise.steps == 12 + 2 and noise.coverage_share == 1
     assert set(noise.by_group()) == {"Linear", "LayerNorm"}

@@ -133,6 +133,18 @@ def test_bf16_contributions_are_summed_in_single_precision() -> None:
     assert found.tolist() == [4 * 257.0**2] * 3
 
 
+def test_a_map_behind_the_sum_is_lifted_in_single_precision() -> None:
+    """Of weight norm over rows of one entry the gradient cancels, where the fused backward does not round in between."""
+    torch.manual_seed(0)
+    model = Model(lambda m, x: nn.functional.linear(x, torch._weight_norm(m.v, m.g, 0)), v=nn.Parameter(torch.randn(4, 1) * 0.1),
+                  g=nn.Parameter(torch.randn(4, 1) * 5)).bfloat16()  # fmt: skip
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager", "gns.per_example": True})
+    compiled(torch.randn(2, 1).bfloat16()).float().square().sum().backward()
+    found = collector.per_example_sq_norms(model)
+    assert bool((found["v"] < 1e-6 * found["g"]).all())
+
+
 def test_one_position_takes_the_outer_product() -> None:
     for name in ("linear_2d", "one_token", "batch_last"):
         rows = compare(build(name))
