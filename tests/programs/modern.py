@@ -149,5 +149,5 @@ def contracted(d: Draft, v: Value) -> Value | None:
     O = d.width()
     w = d.parameter(*v.sizes[-2:], O)
     if d.chance(0.5):
-        return d.bind(f"torch.tensordot({v}, {w}, 2)", [*v.shape[:-2], const(O)], v)
+        return d.bind(f"torch.tensordot({v}, {w}.to({v}.dtype), 2)", [*v.shape[:-2], const(O)], v)
     return d.bind(f"{v}.flatten(-2) @ {w}.flatten(0, 1)", [*v.shape[:-2], const(O)], v)
