@@ -117,8 +117,7 @@ def _meeting_all_rows(node: Any, name: str) -> list[Any]:
     """The operands that each row of the result depends on as a whole: a right factor, a value with fewer dimensions."""
     edges = [edge for edge in node.next_functions if edge[0] is not None]
     if name in LEFT_FACTOR:
-        left = node.next_functions[LEFT_FACTOR[name]]
-        return [edge for edge in edges if edge is not left and edge != left]
+        return [e for i, e in enumerate(node.next_functions) if i != LEFT_FACTOR[name] and e[0] is not None]
     return [edge for edge in edges if name in ROW_BY_ROW and len(_shape(*edge)) != len(_shape(node))]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
 
 SHUT = -5e3
-"""Scores lowered by so much have an attention weight of exactly zero."""
+"""Scores that are lower than others by so much have an attention weight of exactly zero."""
 
 
 def example_ids(
@@ -31,8 +31,9 @@ def example_ids(
     else:
         found = rows.flatten() if column is None else rows.nonzero()[:, column]
     for take in takes:
-        found = found[take]
-    return found.flatten().remainder(total).div(inner, rounding_mode="floor").remainder(examples)
+        at = take.flatten()
+        found = found[at.nonzero()[:, 0] if at.dtype == torch.bool else at.long()]
+    return found.long().remainder(total).div(inner, rounding_mode="floor").remainder(examples)
 
 
 def routed_sq_norm(x: Tensor, g: Tensor, offsets: Tensor | None, ids: Tensor, examples: int) -> Tensor:
@@ -128,7 +129,10 @@ def crosses(
     values: Tensor, rows: Sequence[int], columns: Sequence[int], mask: bool, ids: Tensor, examples: int
 ) -> Tensor:
     """Whether an entry whose row and column belong to different examples is not zero, or as a ``mask`` not shut (0-d bool)."""
-    opened = values if values.dtype == torch.bool else values > SHUT if mask else values != 0
+    if mask and values.dtype != torch.bool:  # a row that is shut everywhere is open to all alike
+        opened = values > values.amax(-1, keepdim=True) + SHUT
+    else:
+        opened = values != 0
     others = _spread(ids, rows, values.shape) != _spread(ids, columns, values.shape)
     return (opened & others).any()
 

@@ -99,6 +99,8 @@ def _promises(view: JointGraph, states: States) -> list[tuple[Node, Sequence[int
         if node.target in ATTENTION and isinstance(q := states.get(arguments(node)["query"]), Routed):
             bound = arguments(node)
             mask: Any = bound.get("attn_mask", bound.get("attn_bias"))
+            if mask is None:
+                continue  # its result is mixed
             lead = mask.meta["val"].dim() - 4
             rows = [d + lead for d in q.dims]
             found[mask] = (mask, rows, [*rows[:-1], rows[-1] + 1], True)

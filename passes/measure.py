@@ -22,6 +22,7 @@ import torch
 from torch.fx import Node
 
 from gnsfx._torch import known
+from gnsfx.errors import GraphError
 from gnsfx.kernels import cost
 from gnsfx.passes.bags import RaggedBags
 from gnsfx.passes.contractions import (
@@ -106,7 +107,10 @@ class Measurer:
         """Write the measurement of one gradient, or refuse it: a defect here must not stop anybody's training."""
         written, masked = len(self._replacements), len(self._without_weight)
         try:
-            return self._measure(record, gradient)
+            found = self._measure(record, gradient)
+            if found.sq_norm is not None and known(found.sq_norm.meta["val"].shape[0] != self.emit.examples):
+                raise GraphError("its norms are not one per example")
+            return found
         except Exception as error:
             del self._replacements[written:], self._without_weight[masked:]
             record.sq_norm = None

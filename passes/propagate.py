@@ -88,7 +88,9 @@ def _named(state: Routed, output: Node, states: States, inputs: Mapping[int, Sta
     """Whether the rows can only be those of the examples that they are named after. Row 3 of ``x[mask]``, or of 7 rows
     picked for 4 examples, is never example 3; row 3 of ``x[index]`` may be, where the rows of the index are examples."""
     index, count = state.ids.rows, product([output.meta["val"].shape[d] for d in state.dims])
-    if state.ids.column is not None or any(s.ids.rows is index for s in inputs.values() if isinstance(s, Routed)):
+    if any(s.ids.rows is index for s in inputs.values() if isinstance(s, Routed)):  # packed documents
+        return not state.ids.takes
+    if state.ids.column is not None:
         return True
     return not divides(examples, count) or (index.op == "placeholder" and isinstance(states[index], Shared))
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.passes.rules.table import overloads
-from gnsfx.passes.state import Ids, Size, divides
+from gnsfx.passes.state import Ids, Size, divides, same_sizes
 
 aten = torch.ops.aten
 SAME = set(overloads("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.default",
@@ -25,9 +25,28 @@ SAME = set(overloads("aten.view.default", "aten._unsafe_view.default", "aten.res
 
 def bare(node: Node) -> Node:
     """The node behind views and copies that keep the integers and their order."""
-    while node.target in SAME and isinstance(node.args[0], Node) and not node.args[0].meta["val"].is_floating_point():
+    while node.target in SAME and isinstance(node.args[0], Node) and _keeps(node.args[0], node):
         node = node.args[0]
     return node
+
+
+def mask_of(node: Node) -> Node:
+    """The node behind copies of a mask, whose shape matters."""
+    while node.target in SAME and isinstance(source := node.args[0], Node) and source.meta["val"].dtype is torch.bool:
+        if not same_sizes(source.meta["val"].shape, node.meta["val"].shape):
+            break
+        node = source
+    return node
+
+
+def _keeps(source: Node, target: Node) -> bool:
+    """Whether a conversion holds every integer that there may be; a boolean is no integer, it indexes otherwise."""
+    a, b = source.meta["val"].dtype, target.meta["val"].dtype
+    if a == b:
+        return True
+    if torch.bool in (a, b) or a.is_floating_point or b.is_floating_point or a.is_complex or b.is_complex:
+        return False
+    return torch.iinfo(b).min <= torch.iinfo(a).min and torch.iinfo(a).max <= torch.iinfo(b).max
 
 
 def name_rows(index: Node, inner: Size, total: Size, examples: Size) -> Ids:
@@ -73,14 +92,16 @@ def coordinate_of(node: Node) -> tuple[Node, int] | None:
     if source.target is not aten.nonzero.default:
         return None
     mask: Any = source.args[0]
-    return mask, column % mask.meta["val"].dim()
+    return mask_of(mask), column % mask.meta["val"].dim()
 
 
 def positions_of(index: Node) -> Node:
     """A mask and its ``nonzero`` take the same positions."""
     coordinate = coordinate_of(bare(index))
-    one = coordinate is not None and coordinate[0].meta["val"].dim() == 1
-    return coordinate[0] if coordinate and one else bare(index)
+    if index.meta["val"].dtype is torch.bool:
+        return mask_of(index)
+    same = coordinate is not None and coordinate[0].meta["val"].dim() == 1
+    return coordinate[0] if coordinate and same and coordinate[0].meta["val"].dtype is torch.bool else bare(index)
 
 
 def inverse_of(index: Node) -> Node | None:

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.passes.rules.indexing import PICKED, SCATTERS, Layout
-from gnsfx.passes.rules.naming import bare, inverse_of, name_rows, positions_of
+from gnsfx.passes.rules.naming import bare, inverse_of, mask_of, name_rows, positions_of
 from gnsfx.passes.rules.routing import MEETS, ROUTED, SPLIT, along_rule, routed, together
 from gnsfx.passes.rules.table import Op, overloads
 from gnsfx.passes.state import (
@@ -39,6 +39,7 @@ from gnsfx.passes.state import (
 )
 
 aten = torch.ops.aten
+ELSEWHERE = "rows chosen by data are written elsewhere than they came from"
 
 
 def follow(op: Op, own: Batched | Routed, index: Node, size: Size) -> Ids | Batched | Mixed:
@@ -47,13 +48,16 @@ def follow(op: Op, own: Batched | Routed, index: Node, size: Size) -> Ids | Batc
         return name_rows(index, own.inner, size, op.examples)
     undone, ids = inverse_of(index), own.ids
     if undone is not None and undone is ids.rows and not ids.takes:
-        return in_order(op, ids)
+        return in_order(op, ids, op.shape(index)[0])
     return Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, positions_of(index)))
 
 
-def in_order(op: Op, ids: Ids) -> Batched:
-    """The state of rows that a permutation ``ids.rows`` was undone for."""
-    return Batched(0, quotient(ids.total, ids.inner * op.examples), ids.inner)
+def in_order(op: Op, ids: Ids, length: Size) -> Batched | Mixed:
+    """The state of ``length`` rows for which the permutation ``ids.rows`` was undone."""
+    block = ids.inner * op.examples
+    if not known(ids.rows.meta["val"].numel() == length) or not divides(block, length):
+        return op.mixed(PICKED)
+    return Batched(0, quotient(length, block), ids.inner)
 
 
 def data_dependent(op: Op, index: Node) -> bool:
@@ -91,7 +95,7 @@ def gather_rows(op: Op, indices: list[Node | None]) -> State | None:
 def _mask(indices: Sequence[Node | None]) -> tuple[Node, int] | None:
     """The boolean mask that is the only index, and the dimension at which it starts."""
     nodes = [(i, x) for i, x in enumerate(indices) if x is not None]
-    if len(nodes) == 1 and nodes[0][1].meta["val"].dtype in (torch.bool, torch.uint8):
+    if len(nodes) == 1 and nodes[0][1].meta["val"].dtype is torch.bool:
         return nodes[0][1], nodes[0][0]
     return None
 
@@ -102,7 +106,7 @@ def _masked_rows(op: Op, own: State, mask: Node, start: int) -> State:
     if not isinstance(own, (Batched, Routed)):
         if not isinstance(chosen, Batched):
             return op.mixed(MEETS)
-        return Routed((start,), Ids(bare(mask), chosen.inner, op.shape(mask)[chosen.dim], chosen.dim))
+        return Routed((start,), Ids(mask_of(mask), chosen.inner, op.shape(mask)[chosen.dim], chosen.dim))
     dims = own.dims if isinstance(own, Routed) else (own.dim,)
     inside = [start <= d < start + width for d in dims]
     if not any(inside):
@@ -111,11 +115,11 @@ def _masked_rows(op: Op, own: State, mask: Node, start: int) -> State:
         moved = [d if d < start else d - width + 1 for d in dims]
         return own.at(moved) if isinstance(own, Routed) else own.at(moved[0])
     if isinstance(own, Batched):
-        return Routed((start,), Ids(bare(mask), own.inner, op.shape("self")[own.dim], own.dim - start))
+        return Routed((start,), Ids(mask_of(mask), own.inner, op.shape("self")[own.dim], own.dim - start))
     if width != 1 or len(dims) != 1:
         return op.mixed(SPLIT)
     ids = own.ids
-    return Routed((start,), Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, bare(mask))))
+    return Routed((start,), Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, mask_of(mask))))
 
 
 def put_rows(op: Op, target: str, indices: list[Node | None], values: str) -> State | None:
@@ -128,11 +132,13 @@ def put_rows(op: Op, target: str, indices: list[Node | None], values: str) -> St
         (node, start), column = mask, value.ids.column
         if column is None or column >= len(op.shape(node)):
             return None
-        ids = Ids(bare(node), value.ids.inner, shape[start + column], column)
+        ids = Ids(mask_of(node), value.ids.inner, shape[start + column], column)
         back = _back(op, value, (start,), ids, Batched(start + column, 1, ids.inner), shape)
     else:
         layout = Layout(op, indices)
         back = None
+        if len(op.shape(values)) != len(layout.shape) + len(shape) - len(layout.where):
+            return None
         for dim, index in zip(layout.where, layout.nodes, strict=True):
             at = tuple(layout.start + a for a in range(len(layout.shape)))
             whole = known(product(op.shape(index)) == product(layout.shape))
@@ -214,7 +220,7 @@ def index_rule(op: Op) -> State:
 def index_put_rule(op: Op) -> State:
     source = op.state(op["indices"][0]) if len(op["indices"]) == 1 else None
     if inverse_of(op.node) is not None and isinstance(source, Routed):
-        return in_order(op, source.ids)
+        return in_order(op, source.ids, op.shape()[0])
     back = put_rows(op, "self", op["indices"], "values")
     if back is not None:
         return back
@@ -231,6 +237,8 @@ def index_put_rule(op: Op) -> State:
     there = value.at([d + width - len(op.shape("values")) for d in value.dims]) if isinstance(value, Routed) else None
     if isinstance(index, Mixed) or isinstance(value, Batched) or (here and there and not same_rows(here, there)):
         return op.mixed(MEETS)
+    if not op.tangent:
+        return op.mixed(ELSEWHERE)
     return op.contracted() if op.args.get("accumulate", True) else op.mixed("several examples may write the same row")
 
 
@@ -259,6 +267,8 @@ def scatter_rule(op: Op) -> State:
     rows = [op["index"], op[values]]
     aligned = index is not None or isinstance(together(op, rows, op.shape("index")), Routed)
     fits = "add" in str(op.node.target) and aligned and isinstance(op.state("self"), Shared)
+    if not op.tangent:
+        return op.mixed(ELSEWHERE)
     return op.contracted() if fits and not any(isinstance(op.state(v), Batched) for v in rows) else op.mixed(MEETS)
 
 
@@ -297,11 +307,11 @@ def picked_along(op: Op, own: State, dim: int) -> State | None:
 def nonzero_rule(op: Op) -> State | None:
     state = op.state("self")
     if isinstance(state, Batched):
-        return Routed((0,), Ids(bare(op["self"]), state.inner, op.shape("self")[state.dim], state.dim))
+        return Routed((0,), Ids(mask_of(op["self"]), state.inner, op.shape("self")[state.dim], state.dim))
     if not isinstance(state, Routed) or len(op.shape("self")) != 1:
         return None
     ids = state.ids
-    return Routed((0,), Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, bare(op["self"]))))
+    return Routed((0,), Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, positions_of(op.node))))
 
 
 def sort_rule(op: Op) -> tuple[State, ...] | None:
@@ -325,7 +335,7 @@ def masked_select_rule(op: Op) -> State | None:
     whole = same_sizes(op.shape(mask), op.shape("self"))
     if not isinstance(own, Batched) or not whole:
         return None
-    return Routed((0,), Ids(bare(mask), own.inner, op.shape("self")[own.dim], own.dim))
+    return Routed((0,), Ids(mask_of(mask), own.inner, op.shape("self")[own.dim], own.dim))
 
 
 def gathered_rule(op: Op) -> State | None:
@@ -374,7 +384,7 @@ def sort_routed_rule(op: Op) -> tuple[State, ...]:
         return along_rule(op)  # type: ignore[return-value]
     ids = state.ids
     if inverse_of(order) is ids.rows and not ids.takes:
-        return (in_order(op, ids),) * 2
+        return (in_order(op, ids, op.shape("self")[0]),) * 2
     return (Routed((0,), Ids(ids.rows, ids.inner, ids.total, ids.column, (*ids.takes, order))),) * 2
 
 
@@ -384,7 +394,7 @@ ROUTED[aten.nonzero.default] = lambda op: nonzero_rule(op) or op.mixed(SPLIT)
 @routed("aten.masked_scatter.default")
 def masked_scatter_rule(op: Op) -> State:
     """Backward of ``masked_select``: the selected entries return to their places."""
-    source, mask, shape = op.state("source"), bare(op["mask"]), op.shape("self")
+    source, mask, shape = op.state("source"), mask_of(op["mask"]), op.shape("self")
     if not isinstance(source, Routed) or not isinstance(op.state("self"), Shared):
         return op.mixed(MEETS)
     ids = source.ids

@@ -21,7 +21,19 @@ from gnsfx.passes.rules.matmul import CROSS
 from gnsfx.passes.rules.pointwise import UNTAGGED, is_pointwise, tensors
 from gnsfx.passes.rules.reductions import SCANS, STATISTICS, SUMS, removed
 from gnsfx.passes.rules.table import Op, Rule, overloads, rule
-from gnsfx.passes.state import Batched, Mixed, Partial, Routed, Shared, Size, State, product, same_ids, same_rows
+from gnsfx.passes.state import (
+    Batched,
+    Mixed,
+    Partial,
+    Routed,
+    Shared,
+    Size,
+    State,
+    product,
+    same_ids,
+    same_rows,
+    same_sizes,
+)
 
 aten = torch.ops.aten
 ROUTED: dict[Any, Rule] = {}
@@ -81,7 +93,7 @@ def reshape(state: Routed, before: Sequence[Size], after: Sequence[Size]) -> Rou
         for a, b in cuts:
             sizes = product(after[:a]), product(after[a:b]), product(after[b:])
             if all(known(x == y) for x, y in zip(sizes, (pre, block, post), strict=True)):
-                return state.at(range(a, b))
+                return state.at(range(a, b)) if _may_split(state, before[first:last], after[a:b]) else None
         return None
     dims = []
     for dim in state.dims:
@@ -91,6 +103,15 @@ def reshape(state: Routed, before: Sequence[Size], after: Sequence[Size]) -> Rou
             return None
         dims.append(match[-1])
     return state.at(dims) if len(set(dims)) == len(dims) else None
+
+
+def _may_split(state: Routed, before: Sequence[Size], after: Sequence[Size]) -> bool:
+    """Rows split into several dimensions again are mostly meant as positions of the batch, to which they do not belong."""
+    wide = [[s for s in sizes if not known(s == 1)] for sizes in (before, after)]
+    if state.ids.packed or len(wide[1]) <= len(wide[0]):
+        return True
+    made = [s for s in state.ids.rows.meta["val"].shape if not known(s == 1)]
+    return not state.ids.takes and state.ids.column is None and same_sizes(made, wide[1])
 
 
 @routed("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.default",
@@ -227,7 +248,7 @@ def matmul_state(op: Op, left: str, right: str) -> State:
         return op.mixed(MEETS)
     roles, at = roles_a or roles_b or [], {"lead": 0, "row": lead, "column": lead + 1}
     if "inner" in roles:
-        return op.contracted()
+        return op.contracted() if op.tangent else op.mixed("a matrix product sums rows chosen by data")
     source = a if roles_a else b
     assert isinstance(source, Routed)
     return source.at([at[r] for r in roles])

@@ -31,6 +31,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "other_fold": lambda h: h.reshape(T, B, D),
     "views": lambda h: torch.cat([h, h.cos()]),
     "sum": lambda h: h.sum(0),
+    "both_factors": lambda h: (h[:, 0, :B] @ h[:, 0, :B]).repeat(1, 2)[:, :D],
 }
 MEETS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda h: h - h.mean(0),

@@ -122,6 +122,10 @@ def test_documents_apart() -> None:
     assert crosses(zero, [1], [2], False, ids, 2)
     assert crosses(torch.ones(1, 1, 3, 3, dtype=torch.bool).tril(), [2], [3], True, ids, 2)
     scores = torch.full((2, 1, 3, 3), -1e9)
+    assert crosses(
+        scores, [0, 2], [0, 3], True, torch.tensor([0, 0, 1, 2, 3, 3]), 4
+    )  # shut everywhere is open to all alike
+    scores.diagonal(dim1=2, dim2=3).zero_()
     both = torch.tensor([[0, 0, 1], [2, 3, 3]]).flatten()
     assert not crosses(scores, [0, 2], [0, 3], True, both, 4)
     scores[1, 0, 2, 0] = 0.0

@@ -156,7 +156,13 @@ def test_other_documents_in_the_next_step() -> None:
         assert {int(m.examples) for m in measurements(model) if m.examples is not None} == {len(set(row))}
 
 
-@pytest.mark.parametrize("attention", [open_to_all, open_by_hand], ids=lambda f: f.__name__)
+def shut(m: Decoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A row with the same low score everywhere attends to all documents alike."""
+    scores = torch.full(mask.shape, -1e4, dtype=q.dtype).masked_fill(mask, 0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=scores.index_fill(2, torch.tensor([4]), -1e4))
+
+
+@pytest.mark.parametrize("attention", [open_to_all, open_by_hand, shut], ids=lambda f: f.__name__)
 def test_open_attention_is_refused_in_the_step(attention: Any) -> None:
     model, (tokens, targets, documents) = Decoder(attention).double(), batch(1)
     model.bias.requires_grad_(False)
@@ -173,6 +179,31 @@ def test_attention_without_a_mask_is_refused() -> None:
     with pytest.warns(UserWarning, match="needs a mask"):
         status = train(model, (mark_batch(tokens, ids=documents), targets, documents))
     assert status["qkv.weight"] == status["table.weight"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda m, h: m.w @ h,
+        lambda m, h: h.roll(1, 1),
+        lambda m, h: h[:, (torch.arange(T) + 1) % T],
+        lambda m, h: h.cumsum(1),
+    ],
+    ids=["weights", "roll", "shift", "cumsum"],
+)
+def test_positions_of_other_documents_are_refused(mix: Any) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.w, self.head = nn.Embedding(V, D), nn.Parameter(torch.randn(T, T)), nn.Linear(D, 1)
+
+        def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
+            return self.head(mix(self, self.table(tokens)).tanh()).squeeze(-1) + 0 * documents
+
+    model, (tokens, _, documents) = Mixing().double(), batch(1)
+    with pytest.warns(UserWarning, match="refused"):
+        status = train(model, (mark_batch(tokens, ids=documents), documents))
+    assert status["table.weight"] == status["head.weight"] == status["head.bias"] == "refused"
 
 
 def test_ids_out_of_range_are_refused() -> None:

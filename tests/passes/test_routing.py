@@ -199,6 +199,58 @@ def test_rows_to_predict() -> None:
     compare((some, losses, lambda m: squares(m(x, rows)).sum() / B))
 
 
+SELECTIONS: dict[str, Any] = {
+    "flat": lambda h, k: h.flatten(0, 1)[k.flatten()],
+    "viewed": lambda h, k: h.view(-1, D)[k.view(-1)],
+    "compared": lambda h, k: h.flatten(0, 1)[(k.long() * 2 > 1).flatten()],
+    "integers": lambda h, k: h.flatten(0, 1)[k.long().flatten().bool()],
+    "nonzero_of_integers": lambda h, k: h.flatten(0, 1)[k.long().flatten().nonzero().squeeze(-1)],
+    "narrow": lambda h, k: h.flatten(0, 1)[k.flatten().nonzero().squeeze(-1).to(torch.int8).long()],
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections(name: str) -> None:
+    x, mask, select = floats(B, T, D), mask_of(), SELECTIONS[name]
+    owner = select(torch.arange(B).view(B, 1, 1).expand(B, T, D).contiguous(), mask)[:, 0]
+
+    class Selected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.b(select(self.a(x), mask)).sin().sum()
+
+    def losses(m: Selected) -> Tensor:
+        rows = m.b(select(m.a(x), mask)).sin().sum(-1)
+        return torch.zeros(B, dtype=rows.dtype).index_add(0, owner, rows)
+
+    compare((Selected().double(), losses, lambda m: m(x, mask) / B))
+
+
+def test_more_rows_than_examples_have() -> None:
+    """A permutation of twice as many rows, undone."""
+
+    def function(m: Model, x: Tensor, key: Tensor) -> Tensor:
+        order = key.flatten().argsort(stable=True)
+        return m.b(m.a(x)[order % B][order.argsort()]).view(2, B, -1).transpose(0, 1)
+
+    x, key = floats(B, D), torch.tensor([[2, 0], [1, 1], [0, 2]])
+    losses = lambda m: squares(m(x, key))  # noqa: E731
+    model = Model(function, **linears()).double()
+    truth = oracle.per_example_sq_norms(model, losses(model))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager", "gns.per_example": True})
+    losses(compiled).mean().backward()
+    found = {
+        n: f
+        for n, f in per_example_sq_norms(model).items()
+        if {r.name: r for r in coverage(model)}[n].status == "measured"
+    }
+    assert found and oracle.names_beyond(found, {n: truth[n] for n in found}, oracle.tolerance(torch.float64)) == []
+
+
 def test_padding_removed() -> None:
     x, mask = floats(B, T, D), mask_of()
     losses = lambda m: squares(m(x, mask))  # noqa: E731
