@@ -27,7 +27,7 @@ SPREAD = 16
 @dataclass
 class Outcome:
     """``kind``: "clean", "wrong" (a norm), "gradient", "error" (an exception), "skipped" (not finite), "invalid" (the program), or
-    "torch": PyTorch's own compiler, without gnsfx, fails, gives another gradient than eager mode, or rounds as badly in bf16."""
+    "torch": PyTorch's own compiler, without gnsfx, fails, gives another gradient than eager mode, or rounds as badly."""
 
     seed: int
     kind: str = "clean"
@@ -89,7 +89,7 @@ def _check(program: Program, outcome: Outcome, inner: str) -> None:
         outcome.kind, outcome.detail = "wrong", "; ".join(off)
     elif different:
         outcome.kind, outcome.detail = "gradient", "; ".join(different)
-    if off and coarse(program) and not different and same_rounding(program, model, inputs, norms):
+    if off and not different and same_rounding(program, model, inputs, norms):
         outcome.kind = "torch"
     elif off or different:
         train(program, model, program.marked(inputs), None).backward()
@@ -182,13 +182,13 @@ def second_opinion(program: Program, model: nn.Module, inputs: Sequence[Tensor])
 
 
 def same_rounding(program: Program, model: nn.Module, inputs: list[Tensor], norms: Norms) -> bool:
-    """Whether the graph without gnsfx, run backward for one example at a time, is as far from the truth: ill-conditioned in bf16."""
+    """Whether the graph without gnsfx, run backward for one example at a time, is as far from the truth: the program is ill-conditioned."""
     torch._dynamo.reset()
     body = torch.compile(lambda *xs: model.body(*xs), backend="aot_eager_decomp_partition")  # type: ignore[operator]
     with casting(program):
         each = model.each(body(*inputs), *inputs)  # type: ignore[operator]
     plain = oracle.per_example_sq_norms(model, each, torch.ones_like(each))
-    bound = oracle.tolerance(torch.bfloat16, terms=16)
+    bound = oracle.tolerance(torch.bfloat16, terms=16) if coarse(program) else oracle.tolerance(program.dtype)
     return (
         oracle.names_beyond({n: norms[n].double() for n in norms}, {n: plain[n].double() for n in norms}, bound) == []
     )
