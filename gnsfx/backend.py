@@ -5,11 +5,9 @@ captured graph --read_capture--> Plan --add_leaves--> graph + leaf --inner compi
 
 from __future__ import annotations
 
-import hashlib
-import pathlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,15 +17,14 @@ from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
 from gnsfx.capture import Capture, read_capture, trains
-from gnsfx.config import Options, debug_level, split_options
+from gnsfx.config import Options, split_options
 from gnsfx.errors import GnsWarning, RefusedError
+from gnsfx.inner import Compiled, RewritePass, eager_compile, inner_compile
 from gnsfx.leaves import Collectors, collectors_of, leave_out
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
-from gnsfx.passes.pipeline import Plan, Report, rewrite
-from gnsfx.passes.rules import RULES
-from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State, describe
+from gnsfx.passes.pipeline import Report
+from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State
 
-Compiled = Callable[..., Any]
 MISREAD = (
     "input {} has its examples elsewhere than in the call that the graph was compiled for, and the same size; compile the "
     "module that contains both uses"
@@ -92,7 +89,7 @@ def plain(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = 
     for value in example_inputs:
         for owner, _ in collectors_of(value) if isinstance(value, nn.Parameter) else ():
             ours, patches = owner.graph.options, owner.graph.patches
-    return _inner_compile(gm, example_inputs, ours, patches, None)
+    return inner_compile(gm, example_inputs, ours, patches, None)
 
 
 def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
@@ -105,7 +102,7 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
     ours, inductor = split_options(options)
     patches = _patches(mode, inductor)
     if not trains(example_inputs):
-        inner = _inner_compile(gm, example_inputs, ours, patches, None)
+        inner = inner_compile(gm, example_inputs, ours, patches, None)
         return (
             UntrainedGraph(gm, example_inputs, inner, ours)
             if any(isinstance(v, Tensor) for v in example_inputs)
@@ -114,7 +111,7 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
     capture = read_capture(gm, example_inputs, ours)
     between = any(isinstance(v, Tensor) and v.requires_grad and not v.is_leaf for v in example_inputs)
     if not capture.plan.slots and not between:
-        return _leaving_out(_inner_compile(gm, example_inputs, ours, patches, None), capture, ours)
+        return _leaving_out(inner_compile(gm, example_inputs, ours, patches, None), capture, ours)
     return CompiledGraph(gm, example_inputs, capture, ours, patches)
 
 
@@ -156,9 +153,8 @@ class CapturedGraph:
         self._report: Report | None = None
         self._refusals: dict[int, str] | None = None
         self._apart: bool | None = None
-        self._places: Any = (
-            weakref.WeakKeyDictionary()
-        )  # graph -> {(input, output): whether the examples are where they were}
+        # graph -> {(input, output): whether the examples are where they were}
+        self._places: Any = weakref.WeakKeyDictionary()
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.collectors = Collectors(
             self,
@@ -195,7 +191,7 @@ class CapturedGraph:
         """Called for each tuple of parameters that comes in."""
         _note_unselected(args, self.capture, self.options)
 
-    def record_results(self, results: Sequence[Any], examples: int | None = None) -> None:
+    def record_results(self, results: Sequence[Any], examples: int | None) -> None:
         for index, result in enumerate(results):
             if isinstance(result, Tensor) and result.dim():
                 marks.record(result, self, index, examples)
@@ -239,11 +235,13 @@ class CapturedGraph:
             self._refusals = {}
         return self.refusals.get(slot)
 
-    def refused_in_run(self, slot: int, norms: Tensor) -> str | None:
-        """Why the runs since the last zero refused a slot that is measured otherwise; costs a synchronisation."""
-        if self._report is not None and not self._report.records[slot].condition:
-            return None
-        return self.report.records[slot].condition if norms[0, slot] == REFUSED else None
+    def refused_in_run(self, norms: Tensor) -> dict[int, str]:
+        """Slots that are measured otherwise and were refused in the runs since the last zero, with the reason. Costs one
+        synchronisation where a run may refuse anything."""
+        if self._report is not None and not any(r.condition for r in self._report.records):
+            return {}
+        slots = (norms[0, :-1] == REFUSED).nonzero().flatten().tolist()
+        return {s: reason for s in slots if (reason := self.report.records[s].condition)}
 
     def coupled(self, norms: Tensor | None) -> str | None:
         """Why a gradient that this graph hands to an earlier one is not apart by example; None if all are."""
@@ -284,7 +282,7 @@ class CompiledGraph(CapturedGraph):
         self.patches = patches
         leaves = self.collectors.fake_leaves(self._fake_inputs)
         rewriting = RewritePass(capture.plan, self._keep)
-        self._inner = _inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
+        self._inner = inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
         if options.strict:
             self._refuse_strictly()
         elif self._report is not None:
@@ -317,97 +315,6 @@ class CompiledGraph(CapturedGraph):
             warnings.warn(text, GnsWarning, stacklevel=2)
 
 
-class RewritePass(_torch.CustomGraphPass):
-    """The pass as Inductor sees it. Its uuid keeps the compile caches on."""
-
-    def __init__(self, plan: Plan, keep: Callable[[Report], None], keep_text: bool = False, before: Any = None) -> None:
-        self.plan, self.keep, self.keep_text, self.before = plan, keep, keep_text, before
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        if self.before is not None:
-            self.before(graph)
-        keep_text = self.keep_text or debug_level() >= 3
-        report = rewrite(graph, self.plan, keep_text)
-        self.keep(report)
-        if debug_level() >= 1:
-            _print_debug(report)
-
-    def uuid(self) -> Any:
-        plan = self.plan
-        states = {i: describe(s) for i, s in plan.states.items()}
-        extra = sorted(str(op) for op in RULES)
-        before = self.before.uuid() if self.before is not None else None
-        return (
-            sources_hash(),
-            plan.slots,
-            tuple(states.items()),
-            plan.batch,
-            plan.documents,
-            plan.refusal,
-            plan.parameters,
-            plan.memory,
-            plan.forced,
-            tuple(extra),
-            before,
-        )
-
-
-def _print_debug(report: Report) -> None:
-    for record in report.records:
-        print(
-            f"gns: input {record.slot} {list(record.shape)}: {record.status} {record.operation} {record.path} {record.reason}".rstrip()
-        )
-    if report.before:
-        print(f"gns: before\n{report.before}\ngns: after\n{report.after}")
-
-
-_hash: str | None = None
-
-
-def sources_hash() -> str:
-    """Hash of everything that decides what the rewritten graph looks like."""
-    global _hash
-    if _hash is None:
-        root = pathlib.Path(__file__).parent
-        digest = hashlib.sha256()
-        for folder in ("passes", "kernels"):
-            for path in sorted((root / folder).rglob("*.py")):
-                digest.update(path.read_bytes())
-        _hash = digest.hexdigest()
-    return _hash
-
-
-def _inner_compile(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any], rewriting: RewritePass | None
-) -> Compiled:
-    if options.inner == "eager":
-        return _eager_compile(gm, inputs, rewriting)
-    if rewriting is None:
-        inner: Any = _torch.compile_fx(gm, list(inputs), config_patches=patches or None)
-        return inner
-    before = patches.pop("joint_custom_pre_pass", None) or _torch.inductor_config.joint_custom_pre_pass
-    rewriting.before = before
-    measured: Any = _torch.compile_fx(gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": rewriting})
-    return measured
-
-
-def _eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePass | None) -> Compiled:
-    """Inductor's decompositions and our pass, no code generation."""
-
-    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        if rewriting is not None:
-            rewriting(joint.graph)
-            joint.recompile()
-        return _torch.default_partition(joint, joint_inputs, **kwargs)
-
-    compiler = _torch.aot_autograd(
-        fw_compiler=lambda graph, _: _torch.make_boxed_func(graph.forward),
-        partition_fn=partition,
-        decompositions=_torch.select_decomp_table(),
-    )
-    return compiler(gm, list(inputs))
-
-
 def trace(graph: CapturedGraph, keep_text: bool = False) -> Report:
     """Trace and rewrite the captured graph once more, compiling nothing, and keep the report."""
     kept: list[Report] = []
@@ -415,6 +322,6 @@ def trace(graph: CapturedGraph, keep_text: bool = False) -> Report:
     leaves = graph.collectors.fake_leaves(graph._fake_inputs)
     gm = add_leaves(graph._original, graph._leaves)
     with torch.enable_grad():
-        _eager_compile(gm, [*graph._fake_inputs, *leaves], rewriting)
+        eager_compile(gm, [*graph._fake_inputs, *leaves], rewriting)
     graph._keep(kept[0])
     return kept[0]

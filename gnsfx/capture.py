@@ -27,6 +27,10 @@ NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instanc
 NORMALISES = {"rsqrt", "rsqrt_", "var", "var_mean", "std", "norm"} | NORM_FUNCTIONS
 MANY = "mark the batch dimension with gnsfx.mark_batch(tensor, dim), or dim=None for what all examples share"
 
+UNSEEN = (
+    "the document ids given to mark_batch are not an input of the compiled graph; pass that very tensor to the model"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Capture:
@@ -80,6 +84,11 @@ def parameter_name(node: Node) -> str:
     return ".".join(keep[1:]) or node.name
 
 
+def is_data(node: Node, value: Any) -> bool:
+    """A tensor that is neither a parameter nor lives on a module."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_module_state(node)
+
+
 def is_module_state(node: Node) -> bool:
     """Buffers and other tensors that live on a module are not inputs that carry examples."""
     source = getattr(node, "_dynamo_source", None)
@@ -123,29 +132,21 @@ def _called(node: Node) -> str:
 
 def packed_inputs(placeholders: Sequence[Node], inputs: Sequence[Any]) -> tuple[Documents | None, str | None]:
     """Which inputs hold packed documents, or why that cannot be told; (None, None) where none does."""
-    found = [m for v in inputs if isinstance(v, Tensor) and isinstance(m := marks.marked(v), marks.Documents)]
+    tensors = [v for v in inputs if isinstance(v, Tensor)]
+    found = [(v, mark) for v in tensors if isinstance(mark := marks.marked(v), marks.Packed)]
     if not found:
         return None, None
-    first = found[0]
+    marked, first = found[0]
     where = next((i for i, v in enumerate(inputs) if v is first.ids), None)
     if where is None:
-        return (
-            None,
-            "the document ids given to mark_batch are not an input of the compiled graph; pass that very tensor to the model",
-        )
-    if any(m.ids is not first.ids for m in found):
+        return None, UNSEEN
+    if any(mark.ids is not first.ids for _, mark in found):
         return None, "two inputs were marked with different document ids"
-    marked = next(v for v in inputs if isinstance(v, Tensor) and isinstance(marks.marked(v), marks.Documents))
     leading = marked.shape[:2] if first.boundaries and marked.shape[0] == 1 else marked.shape[: max(first.ids.dim(), 1)]
     packed = tuple(
         i
         for i, (node, v) in enumerate(zip(placeholders, inputs, strict=True))
-        if isinstance(v, Tensor)
-        and not isinstance(v, nn.Parameter)
-        and i != where
-        and not is_module_state(node)
-        and v.shape[: len(leading)] == leading
-        and marks.marked(v) is not None
+        if i != where and is_data(node, v) and v.shape[: len(leading)] == leading and marks.marked(v) is not None
     )
     return Documents(where, first.boundaries, packed, len(leading)), None
 
@@ -154,8 +155,11 @@ def shared_inputs(placeholders: Sequence[Node], inputs: Sequence[Any], documents
     """The states of inputs beside packed ones: shared, with a doubt where nothing says so."""
     states: dict[int, State] = {}
     for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
-        plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_module_state(node)
-        if plain and index not in (*documents.inputs, documents.ids) and marks.marked(value) is marks.UNMARKED:
+        if (
+            is_data(node, value)
+            and index not in (*documents.inputs, documents.ids)
+            and marks.marked(value) is marks.UNMARKED
+        ):
             states[index] = Shared(f"input {source_name(node)} does not have the shape of the document ids; {MANY}")
     return states
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gnsfx._torch import allows_rnn
 from gnsfx.errors import NotMeasuredError
-from gnsfx.leaves import FOREIGN, Collector, collectors_of, tracked_of
+from gnsfx.leaves import FOREIGN, Collector, collectors_of
+from gnsfx.tracked import tracked_of
 
 NOT_COMPILED = "no compiled graph measures it"
 ZEROED = "its gradient is None: no backward pass reached it, or it was zeroed; read before optimizer.zero_grad()"
@@ -137,19 +138,22 @@ def measurements(model: nn.Module) -> list[Measurement]:
     """One row per trainable parameter; see :func:`totals`."""
     found = totals(model)
     columns = iter(() if found.values is None else found.values.unbind(1))
+    in_run = refused_in_run(model) if found.values is not None else {}
     rows = []
     for name, parameter, refusal in zip(found.names, found.parameters, found.refusals, strict=True):
         sq_norm, examples = next(columns).unbind() if refusal is None else (None, None)
-        if sq_norm is not None and (refusal := refused_in_run(parameter)) is not None:
-            sq_norm = examples = None
+        if sq_norm is not None:
+            reasons = (in_run.get(c, {}).get(slot) for c, slot in collectors_of(parameter))
+            if (refusal := next(filter(None, reasons), None)) is not None:
+                sq_norm = examples = None
         rows.append(Measurement(name, parameter, sq_norm, examples, refusal))
     return rows
 
 
-def refused_in_run(parameter: nn.Parameter) -> str | None:
-    """Why a parameter that is measured in general is not in this step: what it left outside its graph was used there."""
-    found = [(c, s, c.leaf.grad) for c, s in collectors_of(parameter) if c.leaf.grad is not None]
-    return next((reason for c, s, norms in found if (reason := c.graph.refused_in_run(s, norms)) is not None), None)
+def refused_in_run(model: nn.Module) -> dict[Collector, dict[int, str]]:
+    """Slots that are measured in general and not in this step, with the reason: what left the graph was used there, or
+    packed documents saw each other. One read of each collector that may refuse so."""
+    return {c: c.graph.refused_in_run(c.leaf.grad) for c in compiled(model) if c.leaf.grad is not None}
 
 
 def clear(model: nn.Module) -> None:

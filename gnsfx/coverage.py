@@ -11,15 +11,16 @@ refuses it, and measured if any of them measures it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from gnsfx import collector, leaves
-from gnsfx.passes.measure import Record
+from gnsfx.passes.record import Record
 
+InRun = Mapping[leaves.Collector, Mapping[int, str]]
 Status = Literal["measured", "estimated", "refused", "not compiled", "unused"]
 STATUSES: tuple[Status, ...] = ("measured", "estimated", "refused", "not compiled", "unused")
 FROZEN = "frozen: requires_grad is False"
@@ -94,15 +95,15 @@ def coverage(model: nn.Module) -> Coverage:
     """
     seen = any(leaves.collectors_of(p) for p in model.parameters())
     everything = None if seen else collector.diagnose(model)
-    hint = collector.skipped(model)
-    return Coverage(_row(name, parameter, everything, hint) for name, parameter in model.named_parameters())
+    hint, in_run = collector.skipped(model), collector.refused_in_run(model)
+    return Coverage(_row(name, parameter, everything, hint, in_run) for name, parameter in model.named_parameters())
 
 
-def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str) -> Row:
+def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str, in_run: InRun) -> Row:
     shape = tuple(parameter.shape)
     if not parameter.requires_grad:
         return Row(name, shape, "unused", reason=FROZEN)
-    found = [_of_graph(c, slot) for c, slot in leaves.collectors_of(parameter)]
+    found = [_of_graph(c, slot, in_run.get(c, {})) for c, slot in leaves.collectors_of(parameter)]
     if found:
         status, operation, _, reason = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
         if status != "refused" and leaves.is_foreign(parameter):
@@ -118,11 +119,9 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str) 
 _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused", "not compiled")
 
 
-def _of_graph(owner: leaves.Collector, slot: int) -> tuple[Status, str, str, str]:
+def _of_graph(owner: leaves.Collector, slot: int, in_run: Mapping[int, str]) -> tuple[Status, str, str, str]:
     record: Record = owner.graph.report.records[slot]
-    reason = owner.refused.get(slot)
-    if reason is None and owner.leaf.grad is not None:
-        reason = owner.graph.refused_in_run(slot, owner.leaf.grad)
+    reason = owner.refused.get(slot) or in_run.get(slot)
     if reason is None and record.status == "measured" and (coupled := owner.coupled()) is not None:
         reason = f"{collector.DOWNSTREAM}: {coupled}"
     if reason is not None:

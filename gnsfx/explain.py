@@ -29,8 +29,8 @@ from gnsfx.coverage import FROZEN, Row, align, coverage, footnote, format_shape
 from gnsfx.errors import GnsError
 from gnsfx.kernels.cost import MACHINES, Cost, seconds
 from gnsfx.page import HEADER, LEGEND, NUMBERS, page
-from gnsfx.passes.measure import Record
 from gnsfx.passes.pipeline import Report
+from gnsfx.passes.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ class TracedGraph(backend.CapturedGraph):
 
     def __call__(self, *args: Any) -> Any:
         results = self._original(*args)
-        self.record_results(results)
+        self.record_results(results, None)
         return results
 
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode, never_trace
 from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.marks import produced
+from gnsfx.tracked import Tracked, tracked_of
 
 never_trace(__name__)
-# id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask
-_tracked: dict[int, Tracked] = {}
 TWICE_IN_ONE_BACKWARD = (
     "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
     "compile the module that contains both uses"
@@ -42,61 +41,6 @@ FOREIGN = (
 
 PRODUCER = "gnsfx"  # key in the metadata of an autograd node
 MOST_EAGER_NODES = 10_000
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
-
-
-class Tracked:
-    """One parameter: the collectors that measure it, and whether all of its gradient came through them."""
-
-    __slots__ = ("_arrived", "_foreign", "_hook", "collectors", "expected", "parameter")
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.collectors: list[tuple[Collector, int]] = []
-        self.expected: tuple[int, int, int] | None = None
-        key, forget = id(parameter), _tracked.pop  # the module's globals are gone when the interpreter ends
-        self.parameter = weakref.ref(parameter, lambda _: forget(key, None))
-        _tracked[key] = self
-        self._foreign = False
-        self._arrived: tuple[bool, tuple[int, int] | None] | None = None
-        self._hook = parameter.register_hook(self._arriving).id
-
-    def expect(self, grad: Tensor | None, task: int) -> None:
-        """Note what should arrive, behind all hooks of the user, which may put another gradient in its place."""
-        self.expected = None if grad is None else (task, _address(grad), grad._version)
-        hooks: Any = getattr(self.parameter(), "_backward_hooks", None)
-        if hooks is not None and len(hooks) > 1 and next(reversed(hooks)) != self._hook and self._hook in hooks:
-            hooks[self._hook] = hooks.pop(self._hook)  # autograd does not see move_to_end
-
-    def _arriving(self, grad: Tensor | None) -> None:
-        """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
-        self._resolve()
-        ours = grad is None or self.expected == (current_backward(), _address(grad), grad._version)
-        self._arrived, self.expected = (ours, self._stamp()), None
-
-    def _stamp(self) -> tuple[int, int] | None:
-        parameter = self.parameter()
-        grad = parameter.grad if parameter is not None else None
-        return None if grad is None else (_address(grad), grad._version)
-
-    def _resolve(self) -> None:
-        """``torch.autograd.grad`` runs the hook too, but adds nothing to ``.grad``: only what was added counts."""
-        if self._arrived is None:
-            return
-        (ours, before), self._arrived = self._arrived, None
-        if self._stamp() != before:
-            self._foreign = not ours or (self._foreign and before is not None)
-
-    @property
-    def foreign(self) -> bool:
-        """Whether ``.grad`` has a part that came from elsewhere."""
-        self._resolve()
-        return self._foreign
-
-    def reset(self) -> None:
-        self._arrived, self._foreign = None, False
 
 
 class Collector:
@@ -384,10 +328,6 @@ class Collectors:
                     )
                 )
         return leaves
-
-
-def tracked_of(parameter: nn.Parameter) -> Tracked | None:
-    return _tracked.get(id(parameter))
 
 
 def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:

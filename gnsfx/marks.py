@@ -18,7 +18,7 @@ _produced: Any = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
-class Documents:
+class Packed:
     """The mark of a packed input: document ids of every position, or the positions at which documents begin and end."""
 
     ids: Tensor
@@ -54,7 +54,7 @@ def mark_batch(
         raise GnsError(f"mark_batch takes a tensor, not {type(tensor).__name__}.")
     documents = ids if ids is not None else cu_seqlens
     if documents is not None:
-        _marks[tensor] = Documents(_fitting(tensor, documents, ids is None), ids is None)
+        _marks[tensor] = Packed(_fitting(tensor, documents, ids is None), ids is None)
         return tensor
     if dim is not None:
         if not -tensor.dim() <= dim < tensor.dim():
@@ -83,7 +83,7 @@ def _fitting(tensor: Tensor, documents: Tensor, boundaries: bool) -> Tensor:
 
 
 def marked(tensor: Tensor) -> Any:
-    """The marked dimension, None for shared, ``Documents`` for a packed input, ``UNMARKED`` without a mark."""
+    """The marked dimension, None for shared, ``Packed`` for a packed input, ``UNMARKED`` without a mark."""
     return _marks.get(tensor, UNMARKED)
 
 

@@ -371,11 +371,13 @@ def flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tu
     shape = emit.shape(g)
     T, D = product(shape[1 : width + 1]), product(shape[width + 1 :])
     if keep is not None:
-        zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False)
-        g = emit(aten.where.self, keep, g, zero)
-        none = emit(
-            aten.full.default, [], 0, dtype=ids.meta["val"].dtype, device=ids.meta["val"].device, pin_memory=False
-        )
-        row = emit.view(keep, [*emit.shape(ids)])
-        ids = emit(aten.where.self, row, ids, none)
+        ids, g = without(emit, ids, g, keep)
     return emit.view(ids, [shape[0], T]), emit.view(g, [shape[0], T, D])
+
+
+def without(emit: Emitter, ids: Node, g: Node, keep: Node) -> tuple[Node, Node]:
+    """Rows that ``keep`` (*ids.shape, 1, ...) leaves out become zeros in row 0."""
+    zero, none = ({"dtype": n.meta["val"].dtype, "device": n.meta["val"].device, "pin_memory": False} for n in (g, ids))
+    g = emit(aten.where.self, keep, g, emit(aten.full.default, [], 0, **zero))
+    filler = emit(aten.full.default, [], 0, **none)
+    return emit(aten.where.self, emit.view(keep, list(emit.shape(ids))), ids, filler), g

@@ -18,11 +18,10 @@ import torch
 from torch.fx import Node
 
 from gnsfx._torch import known
-from gnsfx.passes.attach_collectors import REFUSED
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.joint_graph import JointGraph
-from gnsfx.passes.measure import Record
 from gnsfx.passes.propagate import States
+from gnsfx.passes.record import Record, refuse_where
 from gnsfx.passes.rules.nn import ATTENTION
 from gnsfx.passes.rules.packed import STATISTICS_OF_ROWS
 from gnsfx.passes.rules.table import arguments
@@ -48,15 +47,19 @@ class Documents:
         """How many documents there can be, for ids of this shape."""
         return shape[0] - 1 if self.boundaries else product(shape)
 
+    def numbering(self, view: JointGraph, examples: Size) -> Ids:
+        return Ids(view.inputs[self.ids], 1, examples, BOUNDARIES if self.boundaries else None, packed=True)
+
+    def positions(self, view: JointGraph) -> dict[int, Sequence[Size]]:
+        """The leading shape, one entry for each position, of the packed inputs."""
+        found = {i: view.inputs[i].meta["val"].shape for i in self.inputs if i in view.inputs}
+        return {i: shape[: self.ndim] for i, shape in found.items()}
+
     def states(self, view: JointGraph, examples: Size) -> dict[int, State]:
-        column = BOUNDARIES if self.boundaries else None
-        ids = Ids(view.inputs[self.ids], 1, examples, column, packed=True)
-        states: dict[int, State] = {}
-        for index in self.inputs:
-            if index in view.inputs:
-                shape = view.inputs[index].meta["val"].shape[: self.ndim]
-                dims = [d for d, size in enumerate(shape) if not known(size == 1)] or [self.ndim - 1]
-                states[index] = Routed(tuple(dims), ids)
+        ids, states = self.numbering(view, examples), {}
+        for index, shape in self.positions(view).items():
+            dims = [d for d, size in enumerate(shape) if not known(size == 1)] or [self.ndim - 1]
+            states[index] = Routed(tuple(dims), ids)
         return states
 
     def count(self, view: JointGraph, emit: Emitter) -> Node | None:
@@ -71,23 +74,18 @@ def keep_apart(
     records: Sequence[Record], view: JointGraph, states: States, emit: Emitter, documents: Documents
 ) -> None:
     """Let all norms be ``REFUSED`` in a run where documents see each other."""
-    found = next(iter(documents.states(view, emit.examples).values()), None)
+    shape = next(iter(documents.positions(view).values()), None)
     measured = [r for r in records if r.sq_norm is not None]
-    if not isinstance(found, Routed) or not measured:
+    if shape is None or not measured:
         return
-    ids = found.ids
-    positions = product(view.inputs[documents.inputs[0]].meta["val"].shape[: documents.ndim])
+    ids, positions = documents.numbering(view, emit.examples), product(shape)
     with emit.at(view.output):
         wrong = emit(ops.misnumbered.default, ids.rows, emit.size(positions), ids.column)
         for value, rows, columns, mask in _promises(view, states):
             arguments_ = [value, list(rows), list(columns), mask, *expression(emit, ids)]
             wrong = emit(aten.logical_or.default, wrong, emit(ops.crosses.default, *arguments_))
         for record in measured:
-            assert record.sq_norm is not None
-            value = record.sq_norm.meta["val"]
-            refused = emit(aten.full.default, [], REFUSED, dtype=value.dtype, device=value.device, pin_memory=False)
-            record.condition = CROSSES
-            record.sq_norm = emit(aten.where.self, wrong, refused, record.sq_norm)
+            refuse_where(record, [wrong], CROSSES, emit)
 
 
 def _promises(view: JointGraph, states: States) -> list[tuple[Node, Sequence[int], Sequence[int], bool]]:

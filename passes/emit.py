@@ -244,6 +244,9 @@ class Emitter:
         front = self.permute(parts, [dim + 1, *[d for d in range(len(sizes)) if d != dim + 1]])
         return self.view(front, [self.examples, *shape[:dim], state.outer * state.inner, *shape[dim + 1 :]])
 
+    def times(self, node: Node, factor: float) -> Node:
+        return node if factor == 1.0 else self(aten.mul.Tensor, node, factor)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if node.meta["val"].dtype == dtype else self(prims.convert_element_type.default, node, dtype)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.errors import GraphError
-from gnsfx.kernels import cost
 from gnsfx.passes.bags import RaggedBags
 from gnsfx.passes.contractions import (
     BiasReduction,
@@ -33,10 +32,13 @@ from gnsfx.passes.contractions import (
     Reduction,
     joint_terms,
     own_rows,
+    without,
+    zeros,
 )
 from gnsfx.passes.emit import Emitter, accumulate_dtype
-from gnsfx.passes.joint_graph import JointGraph, source_line
+from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.propagate import States
+from gnsfx.passes.record import Record, refuse
 from gnsfx.passes.rules.indexing import Layout
 from gnsfx.passes.rules.table import Op, arguments
 from gnsfx.passes.segments import RoutedLookup, RoutedMatmul, RoutedSum, expression, sq_norm_of_sum
@@ -48,39 +50,10 @@ aten, ops = torch.ops.aten, torch.ops.gnsfx
 PUTS = (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
 
 
-@dataclass(slots=True)
-class Record:
-    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it."""
-
-    slot: int
-    shape: tuple[Any, ...]
-    status: str = "measured"
-    operation: str = ""
-    path: str = ""
-    reason: str = ""
-    costs: dict[str, cost.Cost] = field(default_factory=dict)
-    sq_norm: Node | None = None
-    condition: str = ""
-
-
 def rounds(node: Node) -> bool:
     """Whether the products of single examples would be rounded below fp32 before they are summed: then the gradient is
     computed as it was, and the norms beside it."""
     return node.meta["val"].dtype in (torch.bfloat16, torch.float16)
-
-
-def explain_mixed(mixed: Mixed) -> str:
-    """The reason with the op and the user's source line."""
-    node, line = mixed.node, source_line(mixed.node)
-    where = f" (at {node.target}" + (f", {line}" if line else "") + ")" if node is not None else ""
-    return mixed.reason + where
-
-
-def refuse(record: Record, mixed: Mixed) -> Record:
-    record.status, record.path = "refused", ""
-    record.operation = str(mixed.node.target) if mixed.node is not None else ""
-    record.reason = explain_mixed(mixed)
-    return record
 
 
 class Measurer:
@@ -373,44 +346,25 @@ class Measurer:
         op = arguments(leaf)
         table, values = op["self"], op["values"]
         layout = Layout(Op(leaf, self.states, self.emit.examples, True), op["indices"])
-        zeros = table.target is aten.full.default and table.args[1] == 0 and op.get("accumulate", True)
+        adds = zeros(table) and op.get("accumulate", True)
         shape = (*layout.shape, *self.emit.shape(table)[1:])
         exact = same_sizes(shape, self.emit.shape(values))
-        if (
-            layout.where != [0]
-            or layout.masks
-            or not zeros
-            or not exact
-            or not isinstance(self.states[values], Partial)
-        ):
+        if layout.where != [0] or layout.masks or not adds or not exact or not isinstance(self.states[values], Partial):
             return None
         emit, index = self.emit, layout.nodes[0]
         g = self._stack(values)
         width = len(layout.shape)
         if "mask" not in op:
             index = own_rows(emit, index, self.emit.shape(table)[0])
-        if op.get("mask") is not None:
-            zero = emit(
-                aten.full.default, [], 0, dtype=g.meta["val"].dtype, device=g.meta["val"].device, pin_memory=False
-            )
-            g = emit(aten.where.self, op["mask"], g, zero)
-            none = emit(
-                aten.full.default,
-                [],
-                0,
-                dtype=index.meta["val"].dtype,
-                device=index.meta["val"].device,
-                pin_memory=False,
-            )
-            index = emit(aten.where.self, emit.view(op["mask"], list(layout.shape)), index, none)
+        else:
+            index, g = without(emit, index, g, op["mask"])
         T, D = product(layout.shape), product(shape[width:])
         ids = emit(aten.expand.default, emit.view(index, [1, T]), [emit.size(emit.examples), emit.size(T)])
         return ids, emit.view(g, [emit.examples, T, D])
 
     def _scaled(self, node: Node | None, scale: float, squared: bool = True) -> Node:
         assert node is not None
-        factor = scale * scale if squared else scale
-        return node if factor == 1.0 else self.emit(aten.mul.Tensor, node, factor)
+        return self.emit.times(node, scale * scale if squared else scale)
 
     def _replace_by_sum(self, node: Node, stack: Node) -> None:
         dtype = accumulate_dtype(node.meta["val"].dtype)

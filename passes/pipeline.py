@@ -9,7 +9,7 @@ check_graph         outputs and gradients keep their meaning
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +21,12 @@ from gnsfx.passes.check_graph import check_graph, signature
 from gnsfx.passes.documents import Documents, keep_apart
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.joint_graph import JointGraph, read_joint_graph
-from gnsfx.passes.measure import Measurer, Record, explain_mixed, refuse
-from gnsfx.passes.outside import OUTSIDE, find_outside, guard, reached_from
+from gnsfx.passes.measure import Measurer
+from gnsfx.passes.outside import OUTSIDE, find_outside, guard
 from gnsfx.passes.propagate import States, propagate
+from gnsfx.passes.record import Record, explain_mixed, refuse
 from gnsfx.passes.select_path import Planner
-from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, describe, quotient, same_fold
+from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, describe, quotient, same_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
 
 
 def find_coupling(
-    view: JointGraph, states: States, plan: Plan, refusal: str | None, outside: Sequence[Node]
+    view: JointGraph, states: States, plan: Plan, refusal: str | None, outside: Mapping[Node, set[Node]]
 ) -> str | None:
     """Why the gradient of an intermediate that came in is not apart by example as the intermediate itself is.
 
@@ -130,14 +131,13 @@ def find_coupling(
             continue
         if refusal is not None:
             return refusal
-        if gradient in reached_from(outside):
+        if any(gradient in reached for reached in outside.values()):
             return OUTSIDE
         before, after = states.get(view.inputs[index]), states.get(gradient)
         if isinstance(after, Mixed):
             return explain_mixed(after)
-        if isinstance(before, Batched) and isinstance(after, Batched):
-            if before.dim == after.dim and same_fold(before, after):
-                continue
+        if isinstance(before, Batched) and same_place(before, after):
+            continue
         if isinstance(before, Shared) and isinstance(after, Shared) and not after.doubt:
             continue
         return "a later graph sums its gradient over the examples"

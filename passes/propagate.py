@@ -42,8 +42,7 @@ from gnsfx.passes.state import (
     State,
     divides,
     product,
-    same_fold,
-    same_rows,
+    same_place,
     same_sizes,
 )
 
@@ -198,17 +197,11 @@ def _cotangent(node: Node, state: Shared, states: States, regions: Mapping[int, 
     kinds = [s for s in same if isinstance(s, (Batched, Routed, Mixed))]
     if same and len(kinds) == len(same):
         first = kinds[0]
-        if isinstance(first, Mixed) or all(_same_place(s, first) for s in kinds):
+        if isinstance(first, Mixed) or all(same_place(s, first) for s in kinds):
             return first
     if same and not kinds:
         return state
     return Shared(UNPAIRED)
-
-
-def _same_place(a: State, b: State) -> bool:
-    if isinstance(a, Routed):
-        return isinstance(b, Routed) and same_rows(a, b)
-    return isinstance(a, Batched) and isinstance(b, Batched) and a.dim == b.dim and same_fold(a, b)
 
 
 def _grows(node: Node) -> bool:

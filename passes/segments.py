@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.errors import GraphError
-from gnsfx.passes.contractions import Contraction, joint_terms, own_rows, zeros
+from gnsfx.passes.contractions import Contraction, joint_terms, own_rows, without, zeros
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.reductions import SUMS, removed
@@ -115,16 +115,13 @@ class RoutedLookup(Contraction):
 
     def factors(self, emit: Emitter) -> tuple[Node, Node]:
         """Table rows (N,) and gradients (N, D); what a mask leaves out becomes zeros."""
-        index = own_rows(emit, self.index, self.rows) if self.mask is None else self.index
-        N = product(emit.shape(index))
-        g = emit.view(self.g, [N, product(emit.shape(self.g)) // N])
+        index, g = self.index, self.g
         if self.mask is None:
-            return emit.view(index, [N]), g
-        keep, options = emit.view(self.mask, [N]), {"device": g.meta["val"].device, "pin_memory": False}
-        zero = emit(aten.full.default, [], 0, dtype=g.meta["val"].dtype, **options)
-        none = emit(aten.full.default, [], 0, dtype=index.meta["val"].dtype, **options)
-        g = emit(aten.where.self, emit(aten.unsqueeze.default, keep, 1), g, zero)
-        return emit(aten.where.self, keep, emit.view(index, [N]), none), g
+            index = own_rows(emit, index, self.rows)
+        else:
+            index, g = without(emit, index, g, self.mask)
+        N = product(emit.shape(index))
+        return emit.view(index, [N]), emit.view(g, [N, product(emit.shape(g)) // N])
 
     def materialise(self, emit: Emitter) -> Node:
         return RoutedLift(self.node, self.g, Routed(self._dims(), self.ids)).materialise(emit)
@@ -148,16 +145,12 @@ def sq_norm_of_sum(emit: Emitter, terms: Sequence[Term], width: Size) -> Node | 
         left, right = contraction.factors(emit)[:2]
         left, right = (right, left) if term.transposed else (left, right)
         x.append(emit(aten.squeeze.dim, left, 0))
-        g.append(_times(emit, emit(aten.squeeze.dim, right, 0), term.scale))
+        g.append(emit.times(emit(aten.squeeze.dim, right, 0), term.scale))
     for term, contraction in lookups:
         index, rows = contraction.factors(emit)
         at.append(index)
-        values.append(_times(emit, rows, term.scale))
+        values.append(emit.times(rows, term.scale))
     return emit(ops.routed_tied_sq_norm.default, x, g, at, values, emit.size(width), *expression(emit, found[0].ids))
-
-
-def _times(emit: Emitter, node: Node, factor: float) -> Node:
-    return node if factor == 1.0 else emit(aten.mul.Tensor, node, factor)
 
 
 def find_routed(node: Node, states: States) -> Contraction | None:

@@ -131,6 +131,13 @@ def same_rows(a: Routed, b: Routed) -> bool:
     return a.dims == b.dims and a.across == b.across and same_ids(a.ids, b.ids)
 
 
+def same_place(a: State | None, b: State | None) -> bool:
+    """Whether two values have their examples along the same dimensions, folded or routed alike."""
+    if isinstance(a, Routed):
+        return isinstance(b, Routed) and same_rows(a, b)
+    return isinstance(a, Batched) and isinstance(b, Batched) and a.dim == b.dim and same_fold(a, b)
+
+
 def rows(state: Batched, examples: Size) -> Size:
     """Size of the batched dimension."""
     return state.outer * examples * state.inner

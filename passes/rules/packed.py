@@ -18,7 +18,7 @@ from gnsfx._torch import known
 from gnsfx.passes.rules.nn import ATTENTION
 from gnsfx.passes.rules.pointwise import UNTAGGED, is_pointwise, tensors
 from gnsfx.passes.rules.reductions import removed
-from gnsfx.passes.rules.routing import MEETS, SPLIT, routed
+from gnsfx.passes.rules.routing import MEETS, SPLIT, into, permuted, routed
 from gnsfx.passes.rules.table import Op, Rule, overloads
 from gnsfx.passes.state import Batched, Partial, Routed, Shared, Size, State, product, same_ids, same_rows
 
@@ -29,12 +29,7 @@ STATISTICS_OF_ROWS = overloads("aten.amax.default", "aten.argmax.default")
 UNMASKED = "documents attend to each other: attention over packed documents needs a mask that keeps them apart"
 
 
-def across(*names: str) -> Any:
-    def enter(function: Rule) -> Rule:
-        ACROSS.update(dict.fromkeys(overloads(*names), function))
-        return function
-
-    return enter
+across = into(ACROSS)
 
 
 def across_rule(target: Any) -> Rule | None:
@@ -107,12 +102,7 @@ def expand_rule(op: Op) -> State:
 
 @across("aten.permute.default", "aten.transpose.int", "aten.t.default")
 def permute_rule(op: Op) -> State:
-    order = list(range(len(op.shape())))
-    if "dims" in op.args:
-        order = [op.dim(d) for d in op["dims"]]
-    else:
-        a, b = (op.dim(op["dim0"]), op.dim(op["dim1"])) if "dim0" in op.args else (0, len(order) - 1)
-        order[a], order[b] = b, a
+    order = permuted(op)
     return mapped(op, of(op, "self"), {d: order.index(d) for d in order})
 
 

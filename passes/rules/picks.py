@@ -34,6 +34,7 @@ from gnsfx.passes.state import (
     product,
     quotient,
     same_ids,
+    same_place,
     same_rows,
     same_sizes,
 )
@@ -152,7 +153,7 @@ def put_rows(op: Op, target: str, indices: list[Node | None], values: str) -> St
                 back = _back(op, value, at, ids, Batched(dim, 1, inner), shape)
     if back is None:
         return None
-    return back if isinstance(own, Shared) or _same_place(own, back) else op.mixed(MEETS)
+    return back if isinstance(own, Shared) or same_place(own, back) else op.mixed(MEETS)
 
 
 def _untaken(op: Op, ids: Ids, index: Node, size: Size) -> Ids | None:
@@ -184,16 +185,6 @@ def _back(
     if not set(value.dims) <= set(at) or not same_ids(ids, value.ids) or not divides(block, shape[place.dim]):
         return None
     return Batched(place.dim, quotient(shape[place.dim], block), place.inner)
-
-
-def _same_place(a: State, b: State) -> bool:
-    if isinstance(a, Routed):
-        return isinstance(b, Routed) and same_rows(a, b)
-    return isinstance(a, Batched) and isinstance(b, Batched) and _same_axis(a, b)
-
-
-def _same_axis(a: Batched, b: Batched) -> bool:
-    return a.dim == b.dim and known(a.outer == b.outer) and known(a.inner == b.inner)
 
 
 @routed("aten.index.Tensor", "aten._unsafe_index.Tensor")
@@ -229,9 +220,7 @@ def index_put_rule(op: Op) -> State:
         return op.mixed(MEETS)
     value, width = op.state("values"), len(layout.shape) + len(op.shape("self")) - len(layout.where)
     index, mask = together(op, layout.nodes, layout.shape), op.state("mask") if "mask" in op.args else Shared()
-    if isinstance(mask, Batched) or (
-        isinstance(mask, Routed) and not _same_place(index, mask)
-    ):  # (*index shape, 1, ..)
+    if isinstance(mask, Batched) or (isinstance(mask, Routed) and not same_place(index, mask)):  # (*index shape, 1, ..)
         return op.mixed(MEETS)
     here = index.at([layout.start + d for d in index.dims]) if isinstance(index, Routed) else None
     there = value.at([d + width - len(op.shape("values")) for d in value.dims]) if isinstance(value, Routed) else None
@@ -253,7 +242,7 @@ def vector(node: Node, dim: int) -> Node | None:
     return bare(node) if all(known(s == 1) for d, s in enumerate(shape) if d != dim) else None
 
 
-@routed(*SCATTERS, "aten.index_add.default", "aten.index_copy.default")
+@routed(*map(str, SCATTERS), "aten.index_add.default", "aten.index_copy.default")
 def scatter_rule(op: Op) -> State:
     """Along another dimension everything stays in its row; along the rows they return to where they came from, or are summed."""
     dim, names = op.dim(op["dim"]), [n for n in ("self", "index", "src", "source") if n in op.args]
@@ -358,7 +347,7 @@ def put_rule(op: Op) -> State | None:
     states = [own] if isinstance(own, Batched) else []
     if isinstance(state := op.state(mask), Batched):
         states.append(state.at(state.dim + start))
-    return states[0] if all(_same_axis(s, states[0]) for s in states) else None
+    return states[0] if all(same_place(s, states[0]) for s in states) else None
 
 
 PICKS: dict[Any, Callable[[Op], State | tuple[State, ...] | None]] = {}

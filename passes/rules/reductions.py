@@ -57,7 +57,12 @@ def sum_rule(op: Op) -> State:
 
 @rule(*STATISTICS)
 def statistic_rule(op: Op) -> State | tuple[State, ...]:
-    state = reduce(op) or op.contracted()
+    return statistic(op, reduce(op))
+
+
+def statistic(op: Op, kept: State | None) -> State | tuple[State, ...]:
+    """The states of the results of a nonlinear reduction; ``kept`` is None where the examples themselves are reduced."""
+    state = kept or op.contracted()
     if isinstance(state, Partial):
         state = op.mixed("a nonlinear statistic over the examples of a gradient")
     value = op.node.meta["val"]

@@ -11,20 +11,20 @@ out of the batch and put back is in ``picks.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from gnsfx._torch import known
+from gnsfx.errors import RuleError
 from gnsfx.passes.rules.matmul import CROSS
 from gnsfx.passes.rules.pointwise import UNTAGGED, is_pointwise, tensors
-from gnsfx.passes.rules.reductions import SCANS, STATISTICS, SUMS, removed
+from gnsfx.passes.rules.reductions import SCANS, STATISTICS, SUMS, removed, statistic
 from gnsfx.passes.rules.table import Op, Rule, overloads, rule
 from gnsfx.passes.state import (
     Batched,
     Mixed,
-    Partial,
     Routed,
     Shared,
     Size,
@@ -41,15 +41,23 @@ MEETS = "rows chosen by data meet rows of other examples"
 SPLIT = "a dimension along which the rows were chosen by data is cut or reordered"
 
 
-def routed(*names: str | Any) -> Any:
-    def enter(function: Rule) -> Rule:
-        for target in overloads(*[n for n in names if isinstance(n, str)]) + [
-            n for n in names if not isinstance(n, str)
-        ]:
-            ROUTED[target] = function
-        return function
+def into(table: dict[Any, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
+    """A decorator that enters a rule into ``table`` for every op of these names."""
 
-    return enter
+    def rules_for(*names: str) -> Callable[[Rule], Rule]:
+        def enter(function: Rule) -> Rule:
+            for target in overloads(*names):
+                if target in table:
+                    raise RuleError(f"{target} has a rule already: {table[target].__name__}.")
+                table[target] = function
+            return function
+
+        return enter
+
+    return rules_for
+
+
+routed = into(ROUTED)
 
 
 def routed_rule(target: Any) -> Rule | None:
@@ -124,15 +132,19 @@ def reshape_rule(op: Op) -> State:
 
 @routed("aten.permute.default", "aten.transpose.int", "aten.t.default")
 def permute_rule(op: Op) -> State:
-    state, ndim = op.state("self"), len(op.shape())
+    state, order = op.state("self"), permuted(op)
     assert isinstance(state, Routed)
-    order = list(range(ndim))
-    if "dims" in op.args:
-        order = [op.dim(d) for d in op["dims"]]
-    else:
-        a, b = (op.dim(op["dim0"]), op.dim(op["dim1"])) if "dim0" in op.args else (0, ndim - 1)
-        order[a], order[b] = b, a
     return state.at([order.index(d) for d in state.dims])
+
+
+def permuted(op: Op) -> list[int]:
+    """The dimension of the argument that each dimension of the result was."""
+    if "dims" in op.args:
+        return [op.dim(d) for d in op["dims"]]
+    order = list(range(len(op.shape())))
+    a, b = (op.dim(op["dim0"]), op.dim(op["dim1"])) if "dim0" in op.args else (0, len(order) - 1)
+    order[a], order[b] = b, a
+    return order
 
 
 @routed("aten.expand.default")
@@ -145,7 +157,7 @@ def expand_rule(op: Op) -> State:
 
 
 @routed("aten.slice.Tensor", "aten.flip.default", "aten.constant_pad_nd.default", "aten.cumsum.default", "aten.glu.default",
-        "aten.glu_backward.default", *[t for t in SCANS if "sort" not in str(t)])  # fmt: skip
+        "aten.glu_backward.default", *[str(t) for t in SCANS if "sort" not in str(t)])  # fmt: skip
 def along_rule(op: Op) -> State | tuple[State, ...]:
     """Works along dimensions that are not those of the rows."""
     names = [n for n in ("self", "grad_output", "output", "input") if n in op.args] or [next(iter(op.args))]
@@ -220,18 +232,14 @@ def reduce(op: Op) -> State | None:
     return state if op.args.get("keepdim") else state.at([d - sum(r < d for r in dims) for d in state.dims])
 
 
-@routed(*SUMS)
+@routed(*map(str, SUMS))
 def sum_rule(op: Op) -> State:
     return reduce(op) or op.contracted()
 
 
-@routed(*STATISTICS)
+@routed(*map(str, STATISTICS))
 def statistic_rule(op: Op) -> State | tuple[State, ...]:
-    state = reduce(op) or op.contracted()
-    if isinstance(state, Partial):
-        state = op.mixed("a nonlinear statistic over the examples of a gradient")
-    value = op.node.meta["val"]
-    return (state,) * len(value) if isinstance(value, (tuple, list)) else state
+    return statistic(op, reduce(op))
 
 
 def matmul_state(op: Op, left: str, right: str) -> State:

@@ -248,11 +248,11 @@ def test_dynamic_shapes_compile_once() -> None:
 
 WARM = """
 import sys, torch
-from gnsfx import backend, collector
+from gnsfx import inner, collector
 from tests import zoo
 runs = []
-rewrite = backend.rewrite
-backend.rewrite = lambda *a, **k: (runs.append(1), rewrite(*a, **k))[1]
+rewrite = inner.rewrite
+inner.rewrite = lambda *a, **k: (runs.append(1), rewrite(*a, **k))[1]
 torch.manual_seed(0)
 model = zoo.MLP(4, 4, 4)
 torch.compile(model, backend="gns")(torch.randn(3, 2, 4)).square().sum().backward()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -53,23 +50,13 @@ def build(name: str) -> Case:
     return MODELS[name]()
 
 
-def expected(names: Iterable[str], defects: dict[str, str]) -> list[Any]:
-    """Names as parameters; those with a known defect must fail, so that its repair is noticed."""
-    return [
-        pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=defects[n]) if n in defects else ()) for n in names
-    ]
-
-
-DEFECTS: dict[str, str] = {}
-
-
-@pytest.mark.parametrize("name", expected(MODELS, DEFECTS))
+@pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     compare(build(name))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", expected(MATMULS, DEFECTS))
+@pytest.mark.parametrize("name", MATMULS)
 def test_path(name: str, path: str) -> None:
     compare(build(name), **{"gns.path": path})
 

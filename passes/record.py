@@ -1,0 +1,58 @@
+"""What was decided for one parameter: measured on a path, or refused while compiling, or refused in the steps that break a
+condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gnsfx.kernels import cost
+from gnsfx.passes.attach_collectors import REFUSED
+from gnsfx.passes.emit import Emitter
+from gnsfx.passes.joint_graph import source_line
+from gnsfx.passes.state import Mixed
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Record:
+    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it."""
+
+    slot: int
+    shape: tuple[Any, ...]
+    status: str = "measured"
+    operation: str = ""
+    path: str = ""
+    reason: str = ""
+    costs: dict[str, cost.Cost] = field(default_factory=dict)
+    sq_norm: Node | None = None
+    condition: str = ""
+
+
+def explain_mixed(mixed: Mixed) -> str:
+    """The reason with the op and the user's source line."""
+    node, line = mixed.node, source_line(mixed.node)
+    where = f" (at {node.target}" + (f", {line}" if line else "") + ")" if node is not None else ""
+    return mixed.reason + where
+
+
+def refuse(record: Record, mixed: Mixed) -> Record:
+    record.status, record.path = "refused", ""
+    record.operation = str(mixed.node.target) if mixed.node is not None else ""
+    record.reason = explain_mixed(mixed)
+    return record
+
+
+def refuse_where(record: Record, broken: Sequence[Node], reason: str, emit: Emitter) -> None:
+    """Let the norms be ``REFUSED`` in a run where any of the 0-d booleans ``broken`` is true."""
+    assert record.sq_norm is not None
+    record.condition, value = reason, record.sq_norm.meta["val"]
+    refused = emit(aten.full.default, [], REFUSED, dtype=value.dtype, device=value.device, pin_memory=False)
+    for condition in broken:
+        record.sq_norm = emit(aten.where.self, condition, refused, record.sq_norm)
