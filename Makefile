@@ -31,6 +31,8 @@ lint: $(VENV)/installed-test
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/monte_carlo.py
+	$(BIN)/python benchmarks/naive_estimators.py
 
 clean:
 	rm -rf $(VENV)

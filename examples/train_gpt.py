@@ -39,6 +39,7 @@ UNITS = {
     "loss": "nats per character",
     "examples": "sequences",
     "b_simple": "examples",
+    "low, high": "examples; the ends of the 95% interval, high is null where there is only a lower bound",
     "tr_sigma": "gradient squared, per example",
     "g_sq": "gradient squared",
     "seconds": "since the first step, which compiles",
@@ -174,18 +175,26 @@ def finite(value: float) -> float | None:
 
 
 def statistics(noise: gnsfx.NoiseScale) -> dict[str, dict[str, Any]]:
-    """B_simple, tr(Sigma) and |G|^2 of the total and of every group."""
-    members = {"total": noise, **noise.by_group(GROUPS)}
-    keys = ("b_simple", "tr_sigma", "g_sq")
-    return {name: {key: finite(getattr(stats, key)) for key in keys} for name, stats in members.items()}
+    """B_simple with its interval, tr(Sigma) and |G|^2 of the total and of every group."""
+    found = {}
+    for name, stats in {"total": noise, **noise.by_group()}.items():
+        low, high = stats.interval()
+        values = {"b_simple": stats.b_simple, "low": low, "high": high, "tr_sigma": stats.tr_sigma, "g_sq": stats.g_sq}
+        found[name] = {key: finite(value) for key, value in values.items()}
+    return found
+
+
+def warm_up(args: argparse.Namespace) -> int:
+    """Steps."""
+    return max(args.steps // 20, 1)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Warm-up over a twentieth of the run, then a cosine to a tenth."""
-    warm_up = max(args.steps // 20, 1)
-    if step < warm_up:
-        return args.lr * (step + 1) / warm_up
-    progress = (step - warm_up) / max(args.steps - warm_up, 1)
+    first = warm_up(args)
+    if step < first:
+        return args.lr * (step + 1) / first
+    progress = (step - first) / max(args.steps - first, 1)
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -197,7 +206,7 @@ def train(
         compiled, noise = torch.compile(model), None
     else:
         compiled = torch.compile(model, backend="gns", options={"gns.params": args.params})  # gns
-        noise = gnsfx.NoiseScale(model)  # gns
+        noise = gnsfx.NoiseScale(model, groups=GROUPS)  # gns
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.1)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     start = time.perf_counter()
@@ -210,6 +219,8 @@ def train(
                 loss = compiled(*text.batch(args.batch))
                 loss.backward()
                 if noise:
+                    if step == warm_up(args):
+                        noise.reset()  # gns: the first gradients are unlike all others
                     noise.step()  # gns: after backward, before clipping
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -244,17 +255,16 @@ def write_step(
     )
     shown = f"loss {loss:.3f}"
     if noise:
-        b_simple = measured["total"]["b_simple"]
-        shown += f"  B_simple {'not yet detected' if b_simple is None else f'{b_simple:.4g}'}"
+        shown += f"  B_simple {noise.interval()}"
     return shown
 
 
 def noise_table(noise: gnsfx.NoiseScale, context: int) -> Table:
     table = Table(title=f"Gradient noise scale (an example is a sequence of {context} characters)")
     table.add_column("group")
-    for heading in ("parameters", "B_simple, examples", "tr(Sigma)", "|G|^2", "share of tr(Sigma)"):
+    for heading in ("parameters", "B_simple, examples", "95% interval", "tr(Sigma)", "|G|^2", "share of tr(Sigma)"):
         table.add_column(heading, justify="right")
-    groups = noise.by_group(GROUPS)
+    groups = noise.by_group()
     rows = [(name, stats, sum([stats.elements])) for name, stats in groups.items()]
     for name, stats, elements in [*rows, ("total", noise, sum(elements for *_, elements in rows))]:
         if name == "total":
@@ -262,7 +272,8 @@ def noise_table(noise: gnsfx.NoiseScale, context: int) -> Table:
         table.add_row(
             name,
             f"{elements:,}",
-            "not yet detected" if math.isnan(stats.b_simple) else f"{stats.b_simple:,.4g}",
+            "" if math.isnan(stats.b_simple) else f"{stats.b_simple:,.4g}",
+            str(stats.interval()),
             f"{stats.tr_sigma:.3g}",
             f"{max(stats.g_sq, 0.0):.3g}",
             f"{stats.tr_sigma / noise.tr_sigma:.1%}",
@@ -285,6 +296,9 @@ def draw(log: Log, path: Path) -> None:
     for name in steps[-1]["noise"]:
         values = [record["noise"].get(name, {}).get("b_simple") or math.nan for record in steps]
         lower.plot(tokens, values, label=name, linewidth=2.5 if name == "total" else 1.2)
+    known = [r for r in steps if r["noise"].get("total", {}).get("high") is not None]
+    ends = ([r["noise"]["total"][end] for r in known] for end in ("low", "high"))
+    lower.fill_between([r["tokens"] for r in known], *ends, alpha=0.2, linewidth=0, label="total, 95%")
     lower.set_yscale("log")
     lower.set_ylabel("B_simple, examples")
     lower.set_xlabel("tokens")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
-from gnsfx.capture import Capture, read_capture, trains
-from gnsfx.config import Options, split_options
+from gnsfx.capture import EMPTY, Capture, read_capture, trains
+from gnsfx.config import Options, Selection, split_options
 from gnsfx.errors import GnsWarning, RefusedError
 from gnsfx.inner import Compiled, RewritePass, eager_compile, inner_compile
-from gnsfx.leaves import Collectors, collectors_of, leave_out
+from gnsfx.leaves import Collectors, leave_out, refuse_whole
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Report
 from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State
 
+SPLIT = (
+    "a parameter of its graph is a DTensor, split over ranks (tensor parallelism), where an example's contribution is on no rank as a whole; "
+    "data parallelism, by DistributedDataParallel or fully_shard, is measured"
+)
+UNOWNED = (
+    "it has a gradient from an empty batch, as of a penalty on the weights in the loss, which no example owns; "
+    "skip backward for such a batch, or leave the penalty out of its loss"
+)
 MISREAD = (
     "input {} has its examples elsewhere than in the call that the graph was compiled for, and the same size; compile the "
     "module that contains both uses"
@@ -36,6 +45,7 @@ def compile(
     *,
     params: Any = "all",
     per_example: bool = False,
+    elementwise: bool = False,
     strict: bool = False,
     inner: Any = "inductor",
     path: Any = "auto",
@@ -54,6 +64,7 @@ def compile(
     ours = {
         "params": params,
         "per_example": per_example,
+        "elementwise": elementwise,
         "strict": strict,
         "inner": inner,
         "path": path,
@@ -66,11 +77,22 @@ def compile(
     return torch.compile(model, backend="gns", options=merged, **kwargs)  # type: ignore[call-overload]
 
 
+@_torch.forbid_in_graph
 @contextmanager
-def measuring(enabled: bool = True) -> Iterator[None]:
-    """Measure only in some steps: forward passes inside ``with measuring(False)`` run plain Inductor.
+def measuring(enabled: bool | Selection = True) -> Iterator[None]:
+    """Measure otherwise in some steps: forward passes inside run another version of the compiled graphs.
 
-    Both versions stay compiled. The backward follows the forward it belongs to.
+    Args:
+        enabled: True for what the model was compiled to measure, False for nothing (plain Inductor), or another selection
+            in place of ``gns.params``: ``"norm"``, ``"all"``, or a callable, the same object each time. All other options
+            stay those of the model.
+
+    Each version is compiled when it is first used, and kept; each counts towards Dynamo's ``recompile_limit``. The
+    backward follows the forward it belongs to. Put all micro-batches of a step under the same selection: what only some
+    of them measured is refused. Models compiled with a backend of PyTorch are left alone.
+
+    Raises:
+        OptionError: not a bool and not a selection.
 
     Example:
         >>> for step, (x, y) in enumerate(loader):
@@ -78,18 +100,16 @@ def measuring(enabled: bool = True) -> Iterator[None]:
         ...         loss = loss_function(model(x), y)
         ...     loss.backward()
     """
-    with nullcontext() if enabled else _torch.force_backend(plain):
+    selection: Any = enabled if isinstance(enabled, str) or callable(enabled) else bool(enabled)
+    if not isinstance(selection, bool):
+        Options(params=selection)  # raises
+
+    def key_of(options: Any) -> Any:
+        as_compiled = selection is True or (options is not None and split_options(options)[0].params == selection)
+        return None if as_compiled else selection
+
+    with _torch.graphs_apart(key_of):
         yield
-
-
-def plain(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
-    """Inductor as it is, with the options of the graph that measures the same parameters, if there is one."""
-    ours, inductor = split_options(options)
-    patches = _patches(mode, inductor)
-    for value in example_inputs:
-        for owner, _ in collectors_of(value) if isinstance(value, nn.Parameter) else ():
-            ours, patches = owner.graph.options, owner.graph.patches
-    return inner_compile(gm, example_inputs, ours, patches, None)
 
 
 def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None) -> Compiled:
@@ -101,6 +121,13 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
     """
     ours, inductor = split_options(options)
     patches = _patches(mode, inductor)
+    selection = _torch.graph_key()
+    if selection is False:
+        return inner_compile(gm, example_inputs, ours, patches, None)
+    if selection is not None:
+        ours = replace(ours, params=selection)
+    if any(isinstance(v, nn.Parameter) and _torch.is_dtensor(v) for v in example_inputs):
+        return _refusing(inner_compile(gm, example_inputs, ours, patches, None))
     if not trains(example_inputs):
         inner = inner_compile(gm, example_inputs, ours, patches, None)
         return (
@@ -109,33 +136,19 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
             else inner
         )
     capture = read_capture(gm, example_inputs, ours)
-    between = any(isinstance(v, Tensor) and v.requires_grad and not v.is_leaf for v in example_inputs)
-    if not capture.plan.slots and not between:
-        return _leaving_out(inner_compile(gm, example_inputs, ours, patches, None), capture, ours)
     return CompiledGraph(gm, example_inputs, capture, ours, patches)
 
 
-def _leaving_out(inner: Compiled, capture: Capture, options: Options) -> Compiled:
-    """A graph without a selected parameter: plain, but for noting once which parameters came in."""
-    seen: Any = _torch.WeakIdKeyDictionary()
+def _refusing(inner: Compiled) -> Compiled:
+    """A graph with parameters split over ranks: plain, but for noting which they are."""
 
     def call(*args: Any) -> Any:
-        if args[capture.unselected[0]] not in seen:
-            seen[args[capture.unselected[0]]] = True
-            _note_unselected(args, capture, options)
+        for value in args:
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                refuse_whole(value, SPLIT)
         return inner(*args)
 
     return call
-
-
-def _note_unselected(args: Sequence[Any], capture: Capture, options: Options) -> None:
-    selection = (
-        repr(options.params)
-        if isinstance(options.params, str)
-        else getattr(options.params, "__qualname__", "a callable")
-    )
-    for index in capture.unselected:
-        leave_out(args[index], f"not selected by gns.params={selection}")
 
 
 def _patches(mode: str | None, inductor: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +159,7 @@ class CapturedGraph:
     """One captured graph with what the backend knows of it; not compiled."""
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options) -> None:
-        self.capture, self.options = capture, options
+        self.capture, self.options, self.empty = capture, options, capture.plan.refusal == EMPTY
         self._original = gm
         values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
         self._fake_inputs = [v if v is not None else x for v, x in zip(values, inputs, strict=True)]
@@ -164,8 +177,11 @@ class CapturedGraph:
             capture.assumed,
             options.per_example,
             next((v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad), torch.device("cpu")),
+            capture.plan.elementwise,
+            capture.unselected,
         )
-        self._leaves = ["gns_leaf_0", "gns_leaf_1"][: 1 + (options.per_example and bool(capture.plan.slots))]
+        leaves = 1 + (options.per_example and bool(capture.plan.slots)) + bool(capture.plan.elementwise)
+        self._leaves = [f"gns_leaf_{i}" for i in range(leaves)]
 
     def _keep(self, report: Report) -> None:
         self._report = report
@@ -189,7 +205,10 @@ class CapturedGraph:
 
     def note_unselected(self, args: Sequence[Any]) -> None:
         """Called for each tuple of parameters that comes in."""
-        _note_unselected(args, self.capture, self.options)
+        chosen = self.options.params
+        selection = repr(chosen) if isinstance(chosen, str) else getattr(chosen, "__qualname__", "a callable")
+        for index in self.capture.unselected:
+            leave_out(args[index], f"not selected by gns.params={selection}")
 
     def record_results(self, results: Sequence[Any], examples: int | None) -> None:
         for index, result in enumerate(results):
@@ -219,7 +238,9 @@ class CapturedGraph:
 
     @property
     def refusals(self) -> dict[int, str]:
-        """Slot -> reason."""
+        """Slot -> reason. No example owes anything to an empty batch: what it adds is zero, or found in the run."""
+        if self._refusals is None and self.empty:
+            self._refusals = {}
         if self._refusals is None:
             self._refusals = {i: r.reason for i, r in enumerate(self.report.records) if r.status == "refused"}
         return self._refusals
@@ -238,13 +259,18 @@ class CapturedGraph:
     def refused_in_run(self, norms: Tensor) -> dict[int, str]:
         """Slots that are measured otherwise and were refused in the runs since the last zero, with the reason. Costs one
         synchronisation where a run may refuse anything."""
-        if self._report is not None and not any(r.condition for r in self._report.records):
+        known = self._report is not None and not self.empty
+        if known and not any(r.condition for r in self._report.records):  # pyright: ignore[reportOptionalMemberAccess]
             return {}
         slots = (norms[0, :-1] == REFUSED).nonzero().flatten().tolist()
+        if self.empty:
+            return dict.fromkeys(slots, UNOWNED)
         return {s: reason for s in slots if (reason := self.report.records[s].condition)}
 
     def coupled(self, norms: Tensor | None) -> str | None:
         """Why a gradient that this graph hands to an earlier one is not apart by example; None if all are."""
+        if self.empty:
+            return None
         if self._report is None and self._apart is None and norms is not None:
             self._apart = not bool(norms[0, -1] == REFUSED)  # after a compile-cache hit, once
         if self._report is None and self._apart is not False:
@@ -279,7 +305,6 @@ class CompiledGraph(CapturedGraph):
         self, gm: GraphModule, inputs: Sequence[Any], capture: Capture, options: Options, patches: dict[str, Any]
     ) -> None:
         super().__init__(gm, inputs, capture, options)
-        self.patches = patches
         leaves = self.collectors.fake_leaves(self._fake_inputs)
         rewriting = RewritePass(capture.plan, self._keep)
         self._inner = inner_compile(add_leaves(gm, self._leaves), [*inputs, *leaves], options, patches, rewriting)
@@ -289,6 +314,8 @@ class CompiledGraph(CapturedGraph):
             self._warn()
 
     def __call__(self, *args: Any) -> Any:
+        if _torch.is_fake(next((v for v in args if isinstance(v, Tensor)), None)):
+            return self._shape(args)
         call = self.collectors.call(args)
         call.moved = call.moved or self.misread(args)
         results = self._inner(*args, *call.leaves)
@@ -297,6 +324,12 @@ class CompiledGraph(CapturedGraph):
         places = {r.output_nr: i for i, r in enumerate(results) if isinstance(r, Tensor) and r.grad_fn is node}
         call.watch(node, lambda output: self.output_state(places[output]) if output in places else None)
         self.record_results(results, call.examples)
+        return results
+
+    def _shape(self, args: Sequence[Any]) -> Any:
+        """DDP cuts a graph into several and runs each on stand-ins, so as to know the inputs of the next."""
+        results = tuple(self._inner(*args, *self.collectors.fake_leaves(args)))[: self._outputs]
+        self.record_results(results, None)
         return results
 
     def _refused_names(self) -> list[str]:

@@ -19,6 +19,7 @@ from gnsfx import marks
 from gnsfx._torch import size_hint
 from gnsfx.config import Options
 from gnsfx.passes.documents import Documents
+from gnsfx.passes.entries import MOST_NUMBERS
 from gnsfx.passes.pipeline import Plan
 from gnsfx.passes.rules.table import STATISTIC
 from gnsfx.passes.state import Batched, Shared, State
@@ -27,6 +28,7 @@ NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instanc
 NORMALISES = {"rsqrt", "rsqrt_", "var", "var_mean", "std", "norm"} | NORM_FUNCTIONS
 MANY = "mark the batch dimension with gnsfx.mark_batch(tensor, dim), or dim=None for what all examples share"
 
+EMPTY = "the batch is empty"
 UNSEEN = (
     "the document ids given to mark_batch are not an input of the compiled graph; pass that very tensor to the model"
 )
@@ -58,7 +60,8 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
             tie_batch_sizes(placeholders, states, batch)
     else:
         states, batch = ({} if documents is None else shared_inputs(placeholders, inputs, documents)), None
-    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path, documents)
+    kept = tuple((i, n) for i in chosen if (n := numbers_kept(inputs[i], options)))
+    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path, documents, kept)
     assumed = frozenset(i for i, v in enumerate(inputs) if isinstance(states.get(i), Batched) and _unrecorded(v))
     free = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.dim()]
     unmarked = {i: source_name(placeholders[i]) for i in free if marks.marked(inputs[i]) is marks.UNMARKED}
@@ -103,6 +106,12 @@ def selects(options: Options, name: str, parameter: Tensor, node: Node) -> bool:
     if callable(options.params):
         return bool(options.params(name, parameter))
     return options.params == "all" or is_norm_parameter(node, parameter)
+
+
+def numbers_kept(parameter: Tensor, options: Options) -> int:
+    """How many numbers of a parameter have squares of their own; 0 where the option, the size or the dtype says no."""
+    small = parameter.numel() <= MOST_NUMBERS and parameter.dtype.is_floating_point
+    return parameter.numel() if options.elementwise and small else 0
 
 
 def is_norm_parameter(node: Node, parameter: Tensor) -> bool:
@@ -170,7 +179,7 @@ def batch_states(
     """States of the inputs, where the number of examples is read off, and a reason to refuse everything.
 
     Order of trust: what the user marked, what the graph that made the tensor recorded, then dimension 0 of the inputs
-    whose dimension 0 has the common size.
+    whose dimension 0 has the common size. Sizes are those of this call: DDP hands over stand-ins, whose sizes are symbols.
     """
     states: dict[int, State] = {}
     pinned: dict[int, int] = {}
@@ -183,7 +192,7 @@ def batch_states(
         if mark is not marks.UNMARKED:
             if mark is not None:
                 states[index] = Batched(mark)
-                pinned[index] = value.shape[mark]
+                pinned[index] = size_hint(value.shape[mark])
             continue
         produced = marks.produced(value)
         if produced is not None:
@@ -191,13 +200,13 @@ def batch_states(
             states[index] = Shared(STATISTIC) if isinstance(produced, Shared) else produced
             if isinstance(produced, Batched):
                 folds[index] = size_hint(produced.outer) * size_hint(produced.inner)
-                pinned[index] = value.shape[produced.dim] // folds[index]
+                pinned[index] = size_hint(value.shape[produced.dim]) // folds[index]
             continue
         if not value.requires_grad and source_name(node).startswith("L['___stack"):
             # what broke the graph made it, in eager code that left no trace
             states[index] = Shared(f"eager code at a graph break made an input of shape {list(value.shape)}; {MANY}")
         elif value.dim() and not is_module_state(node):
-            guesses[index] = value.shape[0]
+            guesses[index] = size_hint(value.shape[0])
     wide = {i: n for i, n in guesses.items() if inputs[i].dim() > 1}  # vectors of constants must not outvote the data
     sizes = Counter((pinned or wide or guesses).values())
     if not sizes:
@@ -207,8 +216,6 @@ def batch_states(
         return states, None, f"the batch dimensions contradict each other: {found}; {MANY}"
     # the most frequent size; then not 1, which broadcasts; then the first input
     examples = max(sizes, key=lambda n: (n != 1, sizes[n]))
-    if examples == 0:
-        return states, None, "the batch is empty"
     where = min((i for i, n in (pinned or wide or guesses).items() if n == examples), key=lambda i: folds.get(i, 1))
     state = states.get(where)
     batch = (where, state.dim if isinstance(state, Batched) else 0, folds.get(where, 1))
@@ -218,7 +225,7 @@ def batch_states(
             states[index] = Batched(0)
         else:
             states[index] = Shared(f"input {name} has {size} rows where the batch has {examples}; {MANY}")
-    return states, batch, None
+    return states, batch, None if examples else EMPTY
 
 
 def tie_batch_sizes(placeholders: Sequence[Node], states: dict[int, State], batch: tuple[int, int, int]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gnsfx._torch import allows_rnn
 from gnsfx.errors import NotMeasuredError
-from gnsfx.leaves import FOREIGN, Collector, collectors_of
+from gnsfx.leaves import FOREIGN, Collector, collectors_of, left_out, measured_in_part, refused_whole
 from gnsfx.tracked import tracked_of
 
 NOT_COMPILED = "no compiled graph measures it"
@@ -43,6 +44,8 @@ class Totals:
     Attributes:
         names, parameters, refusals: one entry per trainable parameter; the refusal is None where it is measured.
         values: (2, number of measured parameters): sums over examples of |c_b|^2, and numbers of examples.
+        micro_batches: the number of examples of each backward pass in them, in order; None where it is data (packed
+            documents). A parameter that some of these passes did not reach has fewer examples than their sum.
     """
 
     names: list[str]
@@ -50,6 +53,7 @@ class Totals:
     refusals: list[str | None]
     values: Tensor | None
     collectors: list[Collector]
+    micro_batches: tuple[int | None, ...] = ()
 
     def clear(self) -> None:
         """Start a new step."""
@@ -62,18 +66,21 @@ def totals(model: nn.Module) -> Totals:
     a compile-cache hit."""
     names, parameters, refusals = [], [], []
     offsets: dict[Collector, int] = {}
+    slots_of: dict[Collector, list[int]] = {}
     columns: list[int] = []  # of the leaves side by side
     owners: list[int] = []  # for each column the measured parameter
     measured = width = 0
     for name, parameter in _named_parameters(model):
         refusal, entries = _entries(parameter)
         names.append(name)
-        parameters.append(parameter)
+        parameters.append(_owner(parameter))
         refusals.append(refusal)
         for collector, slot in entries:
             if collector not in offsets:
                 offsets[collector] = width
                 width += len(collector.parameters) + 1
+                slots_of[collector] = []
+            slots_of[collector].append(slot)
             columns.append(offsets[collector] + slot)
             owners.append(measured)
         measured += refusal is None
@@ -88,7 +95,16 @@ def totals(model: nn.Module) -> Totals:
         values = values.index_select(1, index(tuple(columns), device))
     if len(owners) > measured:
         values = values.new_zeros(2, measured).index_add_(1, index(tuple(owners), device), values)
-    return Totals(names, parameters, refusals, values, list(offsets))
+    return Totals(names, parameters, refusals, values, list(offsets), _micro_batches(slots_of))
+
+
+def _micro_batches(slots_of: dict[Collector, list[int]]) -> tuple[int | None, ...]:
+    """Graphs that ran in one backward pass saw the same examples."""
+    found: dict[int, int | None] = {}
+    for collector, slots in slots_of.items():
+        for backward, examples in collector.backwards(slots):
+            found[backward] = None if examples is None else found.get(backward, examples)
+    return tuple(found[backward] for backward in sorted(found))
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -113,18 +129,28 @@ def index(positions: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(positions, device=device)  # cached: copying it to a GPU would wait for the GPU
 
 
+def _owner(parameter: nn.Parameter) -> nn.Parameter:
+    """Where ``.grad`` is: a module under FSDP that is not resharded holds the stand-in."""
+    tracked = tracked_of(parameter)
+    owner = tracked.owner() if tracked is not None and tracked.fsdp is not None else None
+    return parameter if owner is None else owner
+
+
 def _entries(parameter: nn.Parameter) -> tuple[str | None, list[tuple[Collector, int]]]:
     """Why a parameter is not measured, or where its norms are."""
     tracked = tracked_of(parameter)
     if tracked is None:
-        return NOT_COMPILED, []
-    if parameter.grad is None:
+        known = left_out(parameter) if parameter.grad is not None else None
+        return known or refused_whole(parameter) or NOT_COMPILED, []
+    if not tracked.gradients():
         return ZEROED, []
+    if (reason := left_out(parameter) or measured_in_part(parameter)) is not None:
+        return reason, []
     entries = [(c, s) for c, s in tracked.collectors if c.leaf.grad is not None]
     if not entries:
-        return UNREACHED, []
+        return (FOREIGN if tracked.foreign else UNREACHED), []
     if tracked.foreign:
-        return FOREIGN, []
+        return next((r for c, s in entries if (r := c.refused.get(s)) is not None), FOREIGN), []
     for collector, slot in entries:
         reason = collector.refused.get(slot) or collector.graph.refusal_of(slot, collector.leaf.grad)
         if reason is None and collector.later and (coupled := collector.coupled()) is not None:
@@ -188,6 +214,12 @@ def diagnose(model: nn.Module) -> str | None:
             f"{type(model).__name__}.compile() compiled no graph: called in place, torch.compile skips classes that live in torch.nn, and "
             'a model that was not called yet. Use model = torch.compile(model, backend="gns"), or put the layers into a class of your own.'
         )
+    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        return (
+            "no graph was compiled. Around a class that lives in torch.nn, torch.compile(DistributedDataParallel(model)) compiles nothing: use "
+            'DistributedDataParallel(torch.compile(model, backend="gns")), or put the layers into a class of your own. Then run a '
+            "forward and backward pass."
+        )
     return (
         'no parameter of this model was seen by a graph compiled with backend="gns" that ran with gradients enabled. '
         'Use model = torch.compile(model, backend="gns") (or model.compile(backend="gns")) and run a forward and backward pass. '
@@ -245,3 +277,37 @@ def per_example_sq_norms(model: nn.Module) -> dict[str, Tensor]:
     if not kept:
         raise NotMeasuredError('per-example norms are not kept: compile with options={"gns.per_example": True}.')
     return found
+
+
+def entry_sums(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> tensor shaped like the parameter: sum over examples of c_b^2, number by number; all ``-inf`` where
+    its path does not give them. Measured parameters without the option, or too large, are absent. No host synchronisation,
+    as for :func:`totals`."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in _named_parameters(model):
+        parts = [collector.entries_of(slot) for collector, slot in _entries(parameter)[1]]
+        if parts and all(part is not None for part in parts):
+            rows: list[Tensor] = [part for part in parts if part is not None]
+            found[name] = functools.reduce(torch.add, rows).view(parameter.shape)
+    return found
+
+
+def elementwise_sq_sums(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> tensor shaped like the parameter: sum over examples of the squares of each of its numbers.
+
+    Needs ``options={"gns.elementwise": True}``. In float32 at least, counted since the gradient was last zeroed; the numbers
+    of a parameter add up to ``sq_norms``. Absent where the contributions never exist one by one: weights that see several
+    positions per example, looked-up rows, convolutions, parameters of more than 131,072 numbers, whatever is refused. Costs
+    one transfer.
+
+    Raises:
+        NotMeasuredError: there is nothing to read, or the model was compiled without ``elementwise``.
+    """
+    if (reason := diagnose(model)) is not None:
+        raise NotMeasuredError(reason)
+    found = entry_sums(model)
+    if not found and all(c.entries is None for c in compiled(model)):
+        raise NotMeasuredError('sums of single squares are not kept: compile with options={"gns.elementwise": True}.')
+    first = [sums.flatten()[:1] for sums in found.values()]
+    known = torch.cat(first).tolist() if first else []
+    return {name: sums for (name, sums), value in zip(found.items(), known, strict=True) if value != -torch.inf}

@@ -19,6 +19,9 @@ class Options:
     params: which parameters to measure: ``"all"``, ``"norm"`` (scales and shifts of normalisation layers), or a
         callable ``(name, parameter) -> bool``.
     per_example: keep the vector of per-example squared norms of every parameter, not only its sum.
+    elementwise: keep, for parameters of up to 131,072 numbers, the sum over examples of the squares of every single
+        number, where measuring their norms makes the contributions apart: scales, shifts, biases, position rows, and
+        weights of layers that see one position per example. For ``gnsfx.collector.elementwise_sq_sums``.
     strict: raise :class:`gnsfx.errors.RefusedError` while compiling if a selected parameter cannot be measured exactly.
     inner: ``"inductor"``, or ``"eager"``, which runs the rewritten graph without code generation.
     path: force one path (``"materialise"``, ``"chunked"``, ``"ghost"``) wherever it applies, for tests and benchmarks.
@@ -27,6 +30,7 @@ class Options:
 
     params: Selection = "all"
     per_example: bool = False
+    elementwise: bool = False
     strict: bool = False
     inner: Literal["inductor", "eager"] = "inductor"
     path: Literal["auto", "materialise", "chunked", "ghost"] = "auto"
@@ -35,7 +39,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.params not in ("all", "norm") and not callable(self.params):
             _reject("params", self.params, '"all", "norm" or a callable (name, parameter) -> bool')
-        for name in ("per_example", "strict"):
+        for name in ("per_example", "elementwise", "strict"):
             if not isinstance(getattr(self, name), bool):
                 _reject(name, getattr(self, name), "True or False")
         if self.inner not in ("inductor", "eager"):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gnsfx import collector, leaves
+from gnsfx.capture import EMPTY
 from gnsfx.passes.record import Record
 
 InRun = Mapping[leaves.Collector, Mapping[int, str]]
@@ -108,6 +109,10 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str, 
         status, operation, _, reason = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
         if status != "refused" and leaves.is_foreign(parameter):
             return Row(name, shape, "refused", operation, reason=leaves.FOREIGN)
+        if status != "refused" and (left_out := leaves.left_out(parameter)) is not None:
+            return Row(name, shape, "unused", operation, reason=left_out)
+        if status != "refused" and (in_part := leaves.measured_in_part(parameter)) is not None:
+            return Row(name, shape, "refused", operation, reason=in_part)
         paths = dict.fromkeys(row[2] for row in found if row[2]) if status != "refused" else {}
         return Row(name, shape, status, operation, " | ".join(paths), reason)
     if (left_out := leaves.left_out(parameter)) is not None:
@@ -122,6 +127,8 @@ _PRECEDENCE: tuple[Status, ...] = ("refused", "estimated", "measured", "unused",
 def _of_graph(owner: leaves.Collector, slot: int, in_run: Mapping[int, str]) -> tuple[Status, str, str, str]:
     record: Record = owner.graph.report.records[slot]
     reason = owner.refused.get(slot) or in_run.get(slot)
+    if reason is None and owner.graph.empty:
+        return "unused", "", "", EMPTY
     if reason is None and record.status == "measured" and (coupled := owner.coupled()) is not None:
         reason = f"{collector.DOWNSTREAM}: {coupled}"
     if reason is not None:

@@ -33,6 +33,12 @@ BESIDE = {f"{name}Backward{n}" for n in range(4) for name in (
     "Mean", "Sum", "NativeLayerNorm", "FusedRmsNorm",
 )}  # fmt: skip
 """These are harmless along any dimension but the first."""
+HANDED_ON = {
+    "RegisterPreBackwardFunctionBackward",
+    "RegisterPostBackwardFunctionBackward",
+    "_DDPSinkBackward",
+}
+"""Of FSDP and DDP: every result is the operand of the same number."""
 LEFT_FACTOR = {
     "AddmmBackward0": 1,
     "MmBackward0": 0,
@@ -76,6 +82,9 @@ def moved_rows(tensor: Tensor, producer: str) -> str | None:
                 and not node.name().endswith("AccumulateGrad")
                 and size == rows != _size(*before[0])
             )
+        elif name in HANDED_ON:
+            moved = False
+            stack.append((*node.next_functions[output], size))
         elif name in VIEWS:
             folded = _size(*before[0])
             moved = not folded or (folded % rows if before[0][0] in ours else folded % size and size % folded)

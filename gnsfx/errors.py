@@ -17,6 +17,10 @@ class RefusedError(GnsError, RuntimeError):
     """``strict=True`` and at least one trainable parameter cannot be measured exactly."""
 
 
+class StateError(GnsError, ValueError):
+    """A state or a log that is not what it should be: of another model, of another version, or damaged."""
+
+
 class VerificationError(GnsError, AssertionError):
     """``gnsfx.verify`` found a parameter whose norms differ from per-example autograd."""
 

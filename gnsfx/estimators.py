@@ -1,4 +1,4 @@
-"""Unbiased estimates of |G|^2 and tr(Sigma) from one step, and their average over steps. Pure tensor functions.
+"""Unbiased estimates of |G|^2 and tr(Sigma) from one step, for any weights. Pure tensor functions.
 
 One step adds up n independent contributions, c_b = w_b h_b with E h_b = G, Cov h_b = Sigma and sum_b w_b = 1:
 
@@ -7,14 +7,18 @@ One step adds up n independent contributions, c_b = w_b h_b with E h_b = G, Cov 
     |G|^2  ~  (|g|^2 - q) / (1 - W2)
     V      ~  (q - W2 |g|^2) / (1 - W2)             V = tr Cov(g), the noise power of this step
     tr(Sigma) = V / W2                              B_simple = tr(Sigma) / |G|^2, in examples
+                                                    in tokens: V N / |G|^2 for a step of N tokens, that is
+                                                    B_simple times N W2, the tokens per effective example
 
 Both are exactly unbiased, whatever the distribution of h_b. The usual |g|^2 in place of the first is not: it contains
-V, so its ratio saturates at the batch size. Steps are averaged numerator and denominator apart, never the ratio, and
-pooled by their degrees of freedom f = 1/W2 - 1, as variances are. That also removes the division:
+V, so its ratio saturates at the batch size. The c_b are what enters g, so a mean loss needs no correction; of a sum
+loss, or under a loss scale, both estimates are larger by one factor, and B_simple is the same.
 
-    f |G|^2 ~ (|g|^2 - q) / W2             f tr(Sigma) ~ (q / W2 - |g|^2) / W2
+Weights of a step with gradient accumulation over A backward passes (of all ranks): each is the mean of its own b_m
+examples and all count the same, so w = 1 / (A b_m) and 1/W2 = A^2 / sum_m 1/b_m, which is A b_m for equal passes.
 
-so that a step with one example (q = |g|^2) or none adds nothing, instead of 0/0. By Cauchy-Schwarz f tr(Sigma) >= 0.
+Steps are averaged numerator and denominator apart, never the ratio (``gnsfx.series``), and count by their degrees of
+freedom f = 1/W2 - 1, as variances are pooled.
 Source: McCandlish et al., "An empirical model of large-batch training" (arXiv 1812.06162), appendix A, in the form for
 small batches of one example and any weights.
 """
@@ -40,6 +44,14 @@ def effective_examples(weights: Tensor) -> Tensor:
     return weights.sum().square() / weights.square().sum()
 
 
+def effective_of_micro_batches(passes: Tensor, inverse_sizes: Tensor) -> Tensor:
+    """1/W2 of ``passes`` = A backward passes with ``inverse_sizes`` = sum of 1/b_m, of any one shape; 0 without any.
+
+    Both are sums, so those of several ranks add up. Leave out passes without examples: they add nothing to the gradient.
+    """
+    return passes.square() / torch.where(inverse_sizes > 0, inverse_sizes, 1)
+
+
 def unbiased_pair(grad_sq: Tensor, sq_norm: Tensor, examples: Tensor | float) -> Pair:
     """The pair of one step.
 
@@ -49,30 +61,6 @@ def unbiased_pair(grad_sq: Tensor, sq_norm: Tensor, examples: Tensor | float) ->
     noise = sq_norm - grad_sq / examples
     free = 1 - 1 / examples
     return Pair(tr_sigma=examples * noise / free, g_sq=(grad_sq - sq_norm) / free)
-
-
-def pooled_terms(grad_sq: Tensor, sq_norm: Tensor, examples: Tensor) -> Tensor:
-    """What one step adds to the sums: rows f tr(Sigma), f |G|^2, f. Arguments [P] as above, result [3, P].
-
-    Zero where ``examples`` is 0 or 1: such a step says nothing about either.
-    """
-    terms = torch.stack(
-        [
-            examples * (examples * sq_norm - grad_sq),
-            examples * (grad_sq - sq_norm),
-            examples - 1,
-        ]
-    )
-    return torch.where(examples > 1, terms, 0)
-
-
-def pooled_pair(sums: Tensor) -> Pair:
-    """The averages that sums [3, ...] of ``pooled_terms`` stand for; NaN where nothing was added yet.
-
-    Sums may decay between steps by any factor: it cancels here, hence no start-up bias to correct.
-    """
-    tr_sigma, g_sq, freedom = sums
-    return Pair(tr_sigma / freedom, g_sq / freedom)
 
 
 def step_decay(examples: Tensor, half_life: Tensor | float) -> Tensor:

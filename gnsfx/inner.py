@@ -51,6 +51,7 @@ class RewritePass(_torch.CustomGraphPass):
             plan.parameters,
             plan.memory,
             plan.forced,
+            plan.elementwise,
             tuple(extra),
             before,
         )

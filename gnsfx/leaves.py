@@ -3,28 +3,39 @@
 One compiled graph serves every module that shares its code, so the leaf is looked up at each call by the parameters
 that came in. ``leaf.grad`` is (2, n + 1): sums over examples of |c_b|^2 and the number of examples, per parameter, and a
 column that says whether gradients handed to earlier graphs are apart by example; autograd accumulates it like any
-gradient. What belongs to one step is decided when a backward begins: a parameter whose ``.grad`` is None or zero starts
-anew.
+gradient. A second leaf, where it is asked for, takes the sums of squares of single numbers, all parameters in one row.
+What belongs to one step is decided when a backward begins: a parameter whose ``.grad`` is None or zero starts anew.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnsfx._torch import WeakIdKeyDictionary, current_backward, detect_fake_mode, never_trace
+from gnsfx._torch import (
+    WeakIdKeyDictionary,
+    active_wrapper,
+    after_backward,
+    current_backward,
+    detect_fake_mode,
+    fsdp_parameter,
+    is_fsdp1,
+    never_trace,
+)
 from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.marks import produced
-from gnsfx.tracked import Tracked, tracked_of
+from gnsfx.tracked import MEASURED, UNSELECTED, Tracked, tracked_of
 
 never_trace(__name__)
 TWICE_IN_ONE_BACKWARD = (
     "it gets gradient from two compiled graphs, or from one graph called twice, within one backward pass, so the cross term between them is lost; "
-    "compile the module that contains both uses"
+    "compile the module that contains both uses; where DistributedDataParallel cuts the graph, "
+    "torch._dynamo.config.optimize_ddp = False keeps it whole"
 )
 DIFFERENT_BATCHES = (
     "the compiled graphs of one backward saw different numbers of examples ({found}), so dimension 0 is not the batch in one of "
@@ -37,8 +48,21 @@ FOREIGN = (
     "its gradient has a part that no compiled graph measured: it is also used in eager code, in a graph compiled with another backend, "
     "or under gnsfx.measuring(False); compile the module that contains all uses"
 )
+NOT_SELECTED = "not selected in this step, by gnsfx.measuring or gns.params"
+MEASURED_IN_PART = (
+    "some backward passes since its gradient was last zeroed measured it and others were told not to; "
+    "put all micro-batches of a step under the same gnsfx.measuring"
+)
 
 
+FSDP1 = (
+    "FullyShardedDataParallel flattens parameters into one, so that the graphs do not see it; use "
+    "torch.distributed.fsdp.fully_shard"
+)
+ZEROED_IN_PARTS = (
+    "its sharded gradient was written to between two backward passes, and whether it was zeroed cannot be told from one shard; use "
+    "zero_grad(set_to_none=True), or call noise.step() once per step"
+)
 PRODUCER = "gnsfx"  # key in the metadata of an autograd node
 MOST_EAGER_NODES = 10_000
 
@@ -47,11 +71,19 @@ class Collector:
     """The leaf of one graph for one tuple of parameters."""
 
     def __init__(
-        self, graph: Any, parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device
+        self,
+        graph: Any,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        device: torch.device,
+        spans: Mapping[int, slice],
+        unselected: Sequence[nn.Parameter] = (),
     ) -> None:
-        self.graph = graph
+        self.graph, self.spans = graph, spans
         self.parameters = [weakref.ref(p) for p in parameters]
+        self.unselected = [weakref.ref(p) for p in unselected]
         self.leaf = torch.zeros(2, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
+        self.entries = _row(spans, dtype, device)
         self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
         self.per_example: list[Tensor] = []
         self.refused: dict[int, str] = {}
@@ -59,16 +91,25 @@ class Collector:
         self.epoch = 0  # counts how often everything was zeroed
         self.begun = -1  # the backward that last ran through the graph
         self.accumulated = -1  # the backward that last left something in the leaf
+        self._backwards: list[tuple[int, int | None]] = []  # since everything was zeroed, with the number of examples
+        self._unowned: list[Tensor | None] = []  # gradients of an empty batch
+        self._since: dict[int, int] = {}  # slot -> the backward with which it began, where that is a later one
         self._calls: list[Call] = []
         self._seen: dict[int, tuple[int, int]] = {}
         weak = weakref.ref(self)
         self.leaf.register_post_accumulate_grad_hook(lambda _: (me := weak()) and me.end())
+        self.wrapper: weakref.ref[nn.Module] | None = None  # the DistributedDataParallel that ran the graph
         self._positions: list[int | None] | None = None
+        self._beside: list[tuple[weakref.ref[nn.Parameter], int | None]] = []
         self.tracked = []
         for slot, parameter in enumerate(parameters):
             tracked = tracked_of(parameter) or Tracked(parameter)
             tracked.collectors.append((self, slot))
             self.tracked.append(tracked)
+
+    def belongs_to(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are the parameters, the unselected behind the selected; an id may have passed to another one."""
+        return all(r() is p for r, p in zip([*self.parameters, *self.unselected], parameters, strict=True))
 
     def coupled(self, seen: set[Collector] | None = None) -> str | None:
         """Why a later graph hands back gradients that are not apart by example; None if all do."""
@@ -105,18 +146,65 @@ class Collector:
         for slot, parameter, others in self._live():
             if any(c.accumulated == task for c, _ in others):
                 continue  # refused below; its gradient of this backward may be there already
-            if parameter.grad is None:
+            tracked = self.tracked[slot]
+            if not tracked.gradients():
                 fresh.append(slot)
                 self._seen.pop(slot, None)
                 for collector, at in others:
                     stale.setdefault(collector, []).append(at)
-            elif not self._untouched(slot, parameter.grad, grew):
+            elif tracked.fsdp is not None:
+                self._expect_untouched(slot, [(self, slot), *others])
+            elif not self._untouched(slot, parameter.grad, grew) or tracked.parts & ~MEASURED:  # type: ignore[arg-type]
                 suspects.append(slot)
+        self._begin_unselected(stale)
         self.clear(fresh)
         for collector, slots in stale.items():
             collector.clear(slots)
         if suspects:
             self._clear_zeroed(suspects)
+        if any(tracked.fsdp is not None for tracked in self.tracked):
+            after_backward(self.settle)
+
+    def settle(self) -> None:
+        """Under FSDP gradients are reduced behind autograd's back, until the backward ends."""
+        for tracked in self.tracked:
+            tracked.settled = tracked.stamp() if tracked.fsdp is not None else None
+
+    def _expect_untouched(self, slot: int, holders: Sequence[tuple[Collector, int]]) -> None:
+        """A part of a gradient may be zero where the rest is not, so zeroing in place cannot be seen here: what is held of
+        before may or may not belong to the gradient still."""
+        tracked = self.tracked[slot]
+        if tracked.settled != tracked.stamp():
+            for collector, at in holders:
+                if collector.leaf.grad is not None:
+                    collector.refused[at] = ZEROED_IN_PARTS
+
+    def _begin_unselected(self, stale: dict[Collector, list[int]]) -> None:
+        """What other graphs measured of parameters that this one was told not to measure ends with their gradients."""
+        doubtful: list[Tracked] = []
+        for tracked in self._tracked_unselected():
+            grads = tracked.gradients()
+            if grads and tracked.parts & MEASURED and tracked.fsdp is None:
+                doubtful.append(tracked)
+            elif not grads:
+                for collector, at in tracked.collectors:
+                    if collector.leaf.grad is not None:
+                        stale.setdefault(collector, []).append(at)
+        if (
+            doubtful
+        ):  # only where a step was measured otherwise than the last, and zeroed without set_to_none, or not at all
+            grads = [grad for tracked in doubtful for grad in tracked.gradients()]
+            norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+            for tracked, norm in zip(doubtful, torch.stack([n.double() for n in norms]).tolist(), strict=True):
+                if not norm:
+                    tracked.reset()
+                    for collector, at in tracked.collectors:
+                        stale.setdefault(collector, []).append(at)
+
+    def _tracked_unselected(self) -> Iterator[Tracked]:
+        for reference in self.unselected:
+            if (parameter := reference()) is not None and (tracked := tracked_of(parameter)) is not None:
+                yield tracked
 
     def locate(self, node: Any) -> None:
         """Find each parameter among the inputs of the compiled backward; the same at every call."""
@@ -127,6 +215,7 @@ class Collector:
                 if (v := getattr(edge, "variable", None)) is not None
             }
             self._positions = [at.get(id(r())) for r in self.parameters]
+            self._beside = [(r, at.get(id(r()))) for r in self.unselected]
 
     def passed(self, grads: Sequence[Tensor | None]) -> None:
         """The compiled backward is done: note what each parameter should receive, if nothing else is added to it."""
@@ -134,16 +223,25 @@ class Collector:
         task = current_backward()
         for tracked, position in zip(self.tracked, self._positions, strict=True):
             tracked.expect(grads[position] if position is not None else None, task)
+        if self.graph.empty:
+            self._unowned = [grads[i] if i is not None else None for i in self._positions]
+        for reference, position in self._beside:
+            if (parameter := reference()) is not None and (tracked := tracked_of(parameter)) is not None:
+                tracked.expect(grads[position] if position is not None else None, task, UNSELECTED)
 
     def end(self) -> None:
         """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
         self.accumulated = self.begun
+        if self._unowned:
+            self._refuse_unowned()
         again = any(call.used and call.epoch == self.epoch for call in self._calls)
         for call in self._calls:
             call.used, call.epoch = True, self.epoch
             if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
                 self.per_example.append(call.per_example)
         _compare_batches(self, [call.examples for call in self._calls if call.examples is not None])
+        packed = self.graph.capture.plan.documents is not None  # then only the device knows how many there are
+        self._backwards.append((self.begun, None if packed else self._calls[0].examples))
         self.moved = next((call.moved for call in self._calls if call.moved), self.moved)
         for slot, _, others in self._live():
             if self.moved:
@@ -154,6 +252,20 @@ class Collector:
                     collector.refused[at] = TWICE_IN_ONE_BACKWARD
             elif again:
                 self.refused[slot] = TWICE_THROUGH_ONE_FORWARD
+
+    def _refuse_unowned(self) -> None:
+        """In an empty batch a gradient that is not zero, as of weight decay in the loss, belongs to no example."""
+        found = [(slot, grad) for slot, grad in enumerate(self._unowned) if grad is not None]
+        self._unowned = []
+        if found and self.leaf.grad is not None:
+            norms = torch._foreach_norm([grad for _, grad in found], float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+            for (slot, _), norm in zip(found, norms, strict=True):
+                self.leaf.grad[0, slot].masked_fill_(norm != 0, -float("inf"))
+
+    def backwards(self, slots: Sequence[int]) -> list[tuple[int, int | None]]:
+        """The backward passes whose norms any of the slots holds, each with its number of examples; None where that is data."""
+        since = min(self._since.get(slot, 0) for slot in slots) if self._since else 0
+        return [backward for backward in self._backwards if backward[0] >= since]
 
     def _untouched(self, slot: int, grad: Tensor, grew: bool) -> bool:
         """Whether nothing but one accumulation, if ``grew``, wrote to the gradient since the last backward began."""
@@ -172,12 +284,26 @@ class Collector:
         if len(slots) >= len(self.parameters):
             self.epoch += 1
             self.leaf.grad = self.moved = None
+            if self.entries is not None:
+                self.entries.grad = None
             self.per_example.clear()
+            self._backwards.clear()
+            self._since.clear()
         else:
+            if self._backwards:
+                self._since.update(dict.fromkeys(slots, self._backwards[-1][0] + 1))
             for total in [self.leaf.grad, *(x.grad for x in self.per_example)]:
                 if total is not None:
                     index = torch.tensor(list(slots), device=total.device)
                     total.index_fill_(total.dim() - 1 if total is self.leaf.grad else 0, index, 0)
+            for slot in slots:
+                if (entries := self.entries_of(slot)) is not None:
+                    entries.zero_()
+
+    def entries_of(self, slot: int) -> Tensor | None:
+        """The sums of squares of every number of a parameter, in one row; None where they are not kept or nothing arrived."""
+        total = None if self.entries is None else self.entries.grad
+        return total[self.spans[slot]] if total is not None and slot in self.spans else None
 
     def _clear_zeroed(self, slots: list[int]) -> None:
         """``zero_grad(set_to_none=False)``: gradients that are all zero start anew. One pass over them, no host sync."""
@@ -185,18 +311,25 @@ class Collector:
         grads: list[Any] = [p.grad for _, p in live]
         norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
         zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
-        if (
-            self.refused or self.per_example or any(self.tracked[s].foreign for s, _ in live)
+        holders = {c for s, _ in live for c, _ in self.tracked[s].collectors}
+        if any(c.refused or c.per_example or c._backwards for c in holders) or any(
+            self.tracked[s].parts & ~MEASURED for s, _ in live
         ):  # host state must follow: these cost a synchronisation
-            gone = [s for (s, _), z in zip(live, zeroed.tolist(), strict=True) if z]
-            self.clear(gone)
-            for slot in gone:
-                self.tracked[slot].reset()
+            gone: dict[Collector, list[int]] = {}
+            for (slot, _), zero in zip(live, zeroed.tolist(), strict=True):
+                if zero:
+                    self.tracked[slot].reset()
+                    for collector, at in self.tracked[slot].collectors:
+                        gone.setdefault(collector, []).append(at)
+            for collector, slots in gone.items():
+                collector.clear(slots)
         for position, (slot, _) in enumerate(live):
             for collector, at in self.tracked[slot].collectors:
                 total = collector.leaf.grad
                 if total is not None:
                     total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
+                if (entries := collector.entries_of(at)) is not None:
+                    entries.masked_fill_(zeroed[position], 0)
 
 
 _batches: dict[str, Any] = {"backward": -1, "sizes": set(), "collectors": set()}
@@ -224,7 +357,7 @@ class Call:
         self, collector: Collector, per_example: Tensor | None, examples: int | None, moved: str | None
     ) -> None:
         self.collector, self.per_example, self.examples, self.moved = collector, per_example, examples, moved
-        self.leaves = [collector.leaf] if per_example is None else [collector.leaf, per_example]
+        self.leaves = [leaf for leaf in (collector.leaf, per_example, collector.entries) if leaf is not None]
         self.begun: int | None = None
         self.used, self.epoch = False, 0
 
@@ -271,30 +404,48 @@ class Collectors:
         assumed: frozenset[int],
         per_example: bool,
         device: torch.device,
+        elementwise: Sequence[tuple[int, int]],
+        unselected: Sequence[int] = (),
     ) -> None:
         """``count``: the number of examples, given the shapes of the inputs. ``assumed``: inputs whose dimension 0 is taken for
-        the examples, and is if no eager code moved its rows."""
+        the examples, and is if no eager code moved its rows. ``elementwise``: inputs with squares of their own for each of so
+        many numbers."""
         self._assumed = assumed
-        self._graph, self._slots, self._count = graph, tuple(slots), count
+        self._graph, self._slots, self._unselected, self._count = graph, tuple(slots), tuple(unselected), count
+        starts = itertools.accumulate((n for _, n in elementwise), initial=0)
+        self._spans = {
+            self._slots.index(i): slice(start, start + n) for (i, n), start in zip(elementwise, starts, strict=False)
+        }
         self._per_example = per_example and bool(slots)
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
         self._device = parameters[0].device if parameters else device
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
-        self._without = {} if not parameters else None  # a graph without parameters has one collector
+        # a graph without parameters has one collector
+        self._without = {} if not parameters and not unselected else None
 
     def call(self, args: Sequence[Any]) -> Call:
-        parameters = [args[i] for i in self._slots]
-        of_first = self._without if self._without is not None else self._of.setdefault(parameters[0], {})
-        key = tuple(map(id, parameters))
+        parameters, unselected = ([args[i] for i in where] for where in (self._slots, self._unselected))
+        all_of_them = [*parameters, *unselected]
+        of_first = self._without if self._without is not None else self._of.setdefault(all_of_them[0], {})
+        key = tuple(map(id, all_of_them))
         collector = of_first.get(key)
-        if collector is None or any(r() is not p for r, p in zip(collector.parameters, parameters, strict=True)):
-            collector = of_first[key] = Collector(self._graph, parameters, self._dtype, self._device)
+        if collector is None or not collector.belongs_to(all_of_them):
+            collector = of_first[key] = Collector(
+                self._graph, parameters, self._dtype, self._device, self._spans, unselected
+            )
             self._graph.note_unselected(args)
+        wrapper = active_wrapper()
+        if wrapper is not None and (collector.wrapper is None or collector.wrapper() is not wrapper):
+            collector.wrapper = weakref.ref(wrapper)
         per_example, examples = None, self._examples(args)
         if self._per_example:
             per_example = torch.zeros(
-                len(parameters), examples or 1, dtype=self._dtype, device=self._device, requires_grad=True
+                len(parameters),
+                1 if examples is None else examples,
+                dtype=self._dtype,
+                device=self._device,
+                requires_grad=True,
             )
         moved = None
         for index, value in enumerate(args):
@@ -309,7 +460,7 @@ class Collectors:
         return self._count(lambda i: inputs[i].shape)
 
     def fake_leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Leaves for the compiler: a static one, or its length would turn symbolic with a dynamic batch, and (n, B)."""
+        """Leaves for the compiler: (n, B), and static ones, whose length would turn symbolic with a dynamic batch."""
         mode = detect_fake_mode(list(inputs))
         n = len(self._slots)
         assert mode is not None
@@ -327,7 +478,15 @@ class Collectors:
                         requires_grad=True,
                     )
                 )
+        if (entries := _row(self._spans, self._dtype, self._device)) is not None:
+            leaves.append(mode.from_tensor(entries, static_shapes=True))
         return leaves
+
+
+def _row(spans: Mapping[int, slice], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A leaf for all numbers of all parameters in ``spans``."""
+    length = max((span.stop for span in spans.values()), default=0)
+    return torch.zeros(length, dtype=dtype, device=device, requires_grad=True) if length else None
 
 
 def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
@@ -335,16 +494,44 @@ def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
     return () if tracked is None else tracked.collectors
 
 
-_left_out: Any = WeakIdKeyDictionary()  # parameter -> why a compiled graph does not measure it
+# ids of living parameters -> why no compiled graph measures it: it cannot, it was told not to
+_refused: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+_left_out: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
 
 
 def leave_out(parameter: nn.Parameter, reason: str) -> None:
     """Remember that a graph saw a parameter and was told not to measure it."""
-    _left_out[parameter] = reason
+    key, forget = id(parameter), _left_out.pop  # the module's globals are gone when the interpreter ends
+    _left_out[key] = weakref.ref(parameter, lambda _: forget(key, None)), reason
 
 
 def left_out(parameter: nn.Parameter) -> str | None:
-    return _left_out.get(parameter)
+    """Why no graph was to measure a parameter; for one that some graphs measure, why not since it was last zeroed."""
+    tracked = tracked_of(parameter)
+    if tracked is None:
+        return _left_out[id(parameter)][1] if id(parameter) in _left_out else None
+    return NOT_SELECTED if tracked.parts == UNSELECTED else None
+
+
+def refuse_whole(parameter: nn.Parameter, reason: str) -> None:
+    """Remember why a graph that saw a parameter cannot measure it."""
+    stands_in = fsdp_parameter(parameter)
+    owner = parameter if stands_in is None else stands_in.sharded
+    key, forget = id(owner), _refused.pop
+    if key not in _refused:
+        _refused[key] = weakref.ref(owner, lambda _: forget(key, None)), reason
+
+
+def refused_whole(parameter: nn.Parameter) -> str | None:
+    if id(parameter) in _refused:
+        return _refused[id(parameter)][1]
+    return FSDP1 if is_fsdp1(parameter) else None
+
+
+def measured_in_part(parameter: nn.Parameter) -> str | None:
+    """Why the norms since a gradient was last zeroed are not those of all of it, though the graphs know every part."""
+    tracked = tracked_of(parameter)
+    return MEASURED_IN_PART if tracked is not None and tracked.parts == MEASURED | UNSELECTED else None
 
 
 def is_foreign(parameter: nn.Parameter) -> bool:

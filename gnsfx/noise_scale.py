@@ -2,8 +2,8 @@
 
     q_p, n     from the collectors: sum over examples of |c_b|^2 for parameter p, and the number of examples
     |g_p|^2    from ``p.grad``
-    state      for every parameter the decayed sums of f tr(Sigma_p), f |G_p|^2 and f  (gnsfx.estimators)
-    a group    B_simple = sum_p tr(Sigma_p) / sum_p |G_p|^2: a sum over parameters, so any grouping can be read later
+    series     for every parameter and tracked group the averages of tr(Sigma) and |G|^2, and how far they can be trusted
+    B_simple   tr(Sigma) / |G|^2, each averaged over steps for itself and summed over parameters first
 
 ``step()`` only launches device work: nothing is moved to the host, decided or printed there. Reading, of any number of
 values, is one transfer. Steps that cannot be used are recognised on the device and told of when something is read.
@@ -11,94 +11,48 @@ values, is one transfer. Steps that cannot be used are recognised on the device 
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from gnsfx import collector, estimators, leaves
+from gnsfx import collector, distributed, saved
+from gnsfx.diagnostics import NOTES, list_reasons, messages
 from gnsfx.errors import GnsWarning, NotMeasuredError, OptionError
-
-Grouping = str | Mapping[str, str | Iterable[str]] | Callable[..., Hashable | None]
-
-# Cauchy-Schwarz says |g|^2 <= n q. Gradients rounded to bfloat16 stay well within this margin. Asked of the total only:
-# one parameter's gradient may be zero but for rounding.
-_INCONSISTENT = 1.05
-
-
-@dataclass(frozen=True, slots=True)
-class GroupStats:
-    """Averages of one parameter or of a group of them.
-
-    tr_sigma: tr(Sigma), total variance of a per-example gradient, in units of the gradient squared.
-    g_sq: |G|^2, squared norm of the true gradient. Unbiased, hence negative at times while it is not yet detected.
-    parameters, elements: how many tensors and how many numbers the group holds.
-    """
-
-    tr_sigma: float
-    g_sq: float
-    parameters: int
-    elements: int
-
-    @property
-    def b_simple(self) -> float:
-        """tr(Sigma) / |G|^2, in examples; NaN while |G|^2 is not detected."""
-        return estimators.noise_scale(self.tr_sigma, self.g_sq)
-
-
-class StepMeasurement:
-    """What one step measured, by itself: unbiased and noisy. Reading the first value is one transfer."""
-
-    def __init__(self, terms: Tensor, examples: Tensor) -> None:
-        self._terms, self._examples = terms, examples
-        self._values: list[float] | None = None
-
-    def _read(self) -> list[float]:
-        if self._values is None:
-            pair = estimators.pooled_pair(self._terms)
-            used = (self._terms[2] > 0).any()
-            total = [torch.where(used, estimate.nansum(), math.nan) for estimate in pair]
-            self._values = torch.stack([*total, self._examples]).tolist()
-        return self._values
-
-    @property
-    def tr_sigma(self) -> float:
-        """tr(Sigma) from this step alone; NaN if it could not be used (fewer than two examples, or not finite)."""
-        return self._read()[0]
-
-    @property
-    def g_sq(self) -> float:
-        """|G|^2 from this step alone. Unbiased: averages of it are right because it may be negative."""
-        return self._read()[1]
-
-    @property
-    def b_simple(self) -> float:
-        """Their ratio, in examples; NaN where ``g_sq`` is not positive. Never average it: read ``NoiseScale``."""
-        return estimators.noise_scale(self.tr_sigma, self.g_sq)
-
-    @property
-    def examples(self) -> int:
-        """Examples in the step, over all its micro-batches; 0 if a gradient was not finite."""
-        return int(self._read()[2])
-
-    def __repr__(self) -> str:
-        return f"StepMeasurement({self.examples} examples, {_describe(self.tr_sigma, self.g_sq)})"
+from gnsfx.full_steps import FullSteps
+from gnsfx.gather import Weights, device_of, gather, is_idle
+from gnsfx.groups import KINDS, Grouping, GroupStats, describe, group_function, in_order, table, total
+from gnsfx.intervals import Interval
+from gnsfx.measurement import StepMeasurement, per_example, weights_of
+from gnsfx.optimizer_noise import OptimizerNoise, OptimizerStats
+from gnsfx.predict import Prediction
+from gnsfx.reading import Host, Reading, read
+from gnsfx.tracking import TOTAL, Tracked, columns_of, stats_of
 
 
 class NoiseScale:
     """Gradient noise scale of ``model``, in total, by parameter and by group, averaged over the steps so far.
 
     Args:
-        model: the module whose parameters are trained, compiled with ``backend="gns"`` or about to be.
+        model: the module whose parameters are trained, compiled with ``backend="gns"`` or about to be, alone or in
+            DistributedDataParallel or fully_shard.
         decay: weight of the past after one step of the usual size, that of the first step. A step twice as large counts
             as two.
         half_life: the same as a number of examples after which the past counts half; replaces ``decay``.
+        groups: groups to track beside the kinds of module and the layers, as :meth:`by_group` takes them; for others the
+            intervals are wider than need be.
+        reduction: what the loss of one backward pass is over its examples, ``"mean"`` or ``"sum"``. It matters only
+            where passes or ranks have different numbers of examples: a mean over fewer of them counts each for more.
+        process_group: the ranks that share a step; found from the model by default.
+        predict_total: measure the norm layers alone in most steps and everything in each ``every``-th, and predict the
+            total from the norm layers. The forward passes of each step belong inside ``with noise.measuring():``.
+        optimizer: also the noise scale that this optimizer sees, :attr:`preconditioned`; compile with
+            ``options={"gns.elementwise": True}`` for what can be exact. ``power``: see :mod:`gnsfx.preconditioned`.
 
     Use::
 
@@ -106,81 +60,163 @@ class NoiseScale:
         loss.backward()        # as often as there are micro-batches
         noise.step()           # before clipping, optimizer.step() and zero_grad()
         noise.b_simple         # examples
+        noise.interval()       # 95%
 
     Raises:
-        OptionError: ``decay`` outside (0, 1), or a ``half_life`` that is not positive.
+        OptionError: an argument outside its range.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float = 0.99, half_life: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: float = 0.99,
+        half_life: float | None = None,
+        groups: Grouping | None = None,
+        reduction: str = "mean",
+        process_group: Any = None,
+        predict_total: bool = False,
+        every: int = 10,
+        optimizer: Optimizer | None = None,
+        power: int = 1,
+    ) -> None:
         if not 0 < decay < 1:
             raise OptionError(f"decay={decay!r}: expected a number between 0 and 1, both excluded, such as 0.99.")
         if half_life is not None and not half_life > 0:
             raise OptionError(f"half_life={half_life!r}: expected a positive number of examples, or None.")
+        if reduction not in ("mean", "sum"):
+            raise OptionError(f'reduction={reduction!r}: expected "mean" or "sum".')
+        if groups is not None and groups not in KINDS:
+            group_function(groups, model)
         self.model = model
-        self._decay, self._fixed_half_life = decay, half_life
+        self._decay, self._half_life, self._reduction = decay, half_life, reduction
+        self._groupings: dict[str, Grouping] = {kind: kind for kind in KINDS}
+        self._own = groups
+        if groups is not None and groups not in KINDS:
+            self._groupings["own"] = groups
+        self._group, self._calls = process_group, 0
+        self._predicting = FullSteps(every) if predict_total else None
+        self._weighing = None if optimizer is None else OptimizerNoise(optimizer, power)
         self.reset()
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that share a step; None where there is one rank, or each has a step of its own."""
+        return self._group or distributed.group_of(self.model)
 
     def reset(self) -> None:
         """Forget all steps, for instance after warm-up."""
-        self._state: _State | None = None
-        self._reading: _Reading | None = None
+        self._tracked: Tracked | None = None
+        self._reading: Reading | None = None
+        self._host = Host()
         self._warned: set[str] = set()
+        if self._predicting is not None:
+            self._predicting.reset()
+        if self._weighing is not None:
+            self._weighing.series = None
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Around the forward passes of a step: with ``predict_total`` it decides what this step measures."""
+        return nullcontext() if self._predicting is None else self._predicting.measuring()
 
     @torch.no_grad()
-    def step(self, *, loss_scale: float | Tensor = 1.0) -> StepMeasurement:
+    def step(
+        self,
+        *,
+        loss_scale: float | Tensor = 1.0,
+        weights: Weights | None = None,
+        tokens: float | Tensor | None = None,
+    ) -> StepMeasurement:
         """Take in the gradients of this step and start the collectors anew. No host synchronisation.
 
         Call it after the last backward and before anything changes ``p.grad``: clipping, ``optimizer.step``,
-        ``zero_grad``.
+        ``zero_grad``. In data-parallel training every rank calls it, also one that had no examples.
 
         Args:
             loss_scale: factor that was on the loss in backward and is no longer on ``p.grad``; with a ``GradScaler``,
                 ``scaler.unscale_(optimizer); noise.step(loss_scale=scaler.get_scale())``.
+            weights: how much each example of this rank counts, [n], over all micro-batches, or a list with a tensor per
+                micro-batch; in the same unit on all ranks. For a mean over tokens of padded sequences, the number of
+                tokens of each sequence that are in the loss. Equal by default.
+            tokens: how many tokens of this rank are in the loss, for values in tokens; the sum of whole-number
+                ``weights`` by default.
 
         Raises:
             NotMeasuredError: there is nothing to read, with the reason and what to do.
+            OptionError: weights that are not those of the step.
+            GnsError: another rank is at another step, or does not answer.
         """
+        group = self.process_group
+        self._calls += 1  # also those that raise: the other ranks went on
         found = collector.totals(self.model)
-        if found.values is None:
+        if group is not None and self._group is None:
+            found = distributed.only_averaged(found, self.model)
+        if found.values is None and (group is None or not is_idle(found)):
             raise NotMeasuredError(self._why_nothing(found))
-        state = self._state = _track(self._state, found, self._fixed_half_life)
-        sq_norm, examples = (state.spread(row, found) for row in found.values.unbind())
-        sq_norm = sq_norm / loss_scale / loss_scale
-        refused = sq_norm == -math.inf  # what a compiled graph puts where it cannot measure
-        grad_sq = state.spread(_grad_norms(found), found).square()
-
-        finite = (grad_sq.isfinite() & (sq_norm.isfinite() | refused)).all()
-        examples = torch.where(finite, examples, 0)
-        used = torch.where(refused, 0, examples)
-        # Not a product with the mask: 0 * inf is NaN.
-        grad_sq, sq_norm = torch.where(used > 0, grad_sq, 0), torch.where(used > 0, sq_norm, 0)
-        terms = estimators.pooled_terms(grad_sq, sq_norm, used)
-
-        largest = examples.amax()
-        usual = estimators.half_life_of(self._decay, largest)
-        state.half_life = torch.where(state.half_life > 0, state.half_life, usual)
-        memory = torch.where(state.half_life > 0, state.half_life, 1)
-        state.sums = state.sums * estimators.step_decay(used, memory) + terms
-        state.refused = refused.to(state.sums)
-        state.counts = state.counts + torch.stack(
-            [
-                torch.ones_like(largest),
-                largest,
-                (~finite).to(largest),
-                (finite & (largest < 2)).to(largest),
-                (grad_sq.sum() > _INCONSISTENT * (used * sq_norm).sum()).to(largest),
-            ]
+        tracked = self._track(found)
+        scaled = None if self._weighing is None else (self._weighing.terms(found, self.model),)
+        sums = gather(
+            found,
+            loss_scale=loss_scale,
+            weights=weights,
+            tokens=tokens,
+            reduction=self._reduction,
+            group=group,
+            call=self._calls,
+            like=tracked.series,
+            scaled=scaled,
         )
+        whole = self._predicting is None or self._predicting.take(found)
+        if whole:
+            self._host.take(found, group is None, isinstance(loss_scale, Tensor) or loss_scale != 1)
+        taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest())
+        if self._predicting is not None:
+            self._predicting.step(taken.of(self._predicting.names), taken.total if whole else None, taken.forget)
+        if self._weighing is not None and whole and sums.scaled is not None:
+            self._weighing.step(sums.scaled, taken)
+        norms = per_example(found, loss_scale) if group is None and whole else None
+        measured = StepMeasurement(taken.one(whole), norms, weights_of(found, weights, self._reduction))
         self._reading = None
         found.clear()
-        if state.excluded:
-            self._warn("coverage", state.coverage_text(state.excluded), stacklevel=4)
-        return StepMeasurement(terms, largest)
+        if self._host.excluded:
+            self._warn("coverage", self._host.coverage_text(self._host.excluded), stacklevel=4)
+        return measured
 
     @property
     def b_simple(self) -> float:
         """Total noise scale tr(Sigma) / |G|^2, in examples; NaN while |G|^2 is not detected or nothing was measured."""
         return self._read().total.b_simple
+
+    @property
+    def b_simple_tokens(self) -> float:
+        """The same in tokens; NaN also where ``step`` was not told of tokens."""
+        return self.b_simple * self.tokens_per_example
+
+    def interval(self, level: float = 0.95, unit: str = "examples") -> Interval:
+        """Confidence interval of ``b_simple``: ``low`` and ``high``, inf where there is only a lower bound.
+
+        It is about the average over the memory of this object (``half_life``), and counts no drift within it as error.
+
+        Args:
+            level: probability that it holds the truth.
+            unit: ``"examples"`` or ``"tokens"``.
+
+        Raises:
+            OptionError: a level outside (0, 1), another unit.
+        """
+        if not 0 < level < 1:
+            raise OptionError(f"interval(level={level!r}): expected a number between 0 and 1, such as 0.95.")
+        if unit not in ("examples", "tokens"):
+            raise OptionError(f'interval(unit={unit!r}): expected "examples" or "tokens".')
+        found = self._read().total.interval(level)
+        factor = 1.0 if unit == "examples" else self.tokens_per_example
+        return Interval(0.0, math.inf) if math.isnan(factor) else Interval(found.low * factor, found.high * factor)
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Tokens per effective example, 1/W2 of them in a step, averaged like the rest; NaN where not told."""
+        counts = self._read().counts
+        return counts.tokens / counts.effective if counts.effective > 0 else math.nan
 
     @property
     def tr_sigma(self) -> float:
@@ -195,17 +231,17 @@ class NoiseScale:
     @property
     def steps(self) -> int:
         """Calls of ``step`` since the start or the last ``reset``."""
-        return self._read().counts.steps
+        return int(self._read().counts.steps)
 
     @property
     def examples(self) -> int:
-        """Examples in the steps that were used."""
-        return self._read().counts.examples
+        """Examples in the steps that were used, of all ranks."""
+        return int(self._read().counts.examples)
 
     @property
     def skipped(self) -> int:
         """Steps left out because a gradient or a norm was NaN or infinite."""
-        return self._read().counts.skipped
+        return int(self._read().counts.skipped)
 
     @property
     def coverage_share(self) -> float:
@@ -213,255 +249,142 @@ class NoiseScale:
 
         Parameters without a gradient in that step are not counted as missing: there was nothing to measure.
         """
-        return self._state.share({*self._read().excluded, *self._state.unselected}) if self._state else 0.0
+        return self._host.share({*self._read().excluded, *self._host.unselected}) if self._tracked else 0.0
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """With ``predict_total``: the factor from the norm layers to the total, its interval, and whether it moved."""
+        return self._read().prediction
+
+    @property
+    def preconditioned(self) -> OptimizerStats:
+        """With ``optimizer``: the noise scale in its metric, with its interval and the share that is exact.
+
+        Raises:
+            OptionError: no optimizer was given.
+        """
+        if self._weighing is None:
+            raise OptionError("noise.preconditioned: give the optimizer, NoiseScale(model, optimizer=optimizer).")
+        return self._read().preconditioned
+
+    @property
+    def tr_sigma_share(self) -> float:
+        """At least this share of the tr(Sigma) of all gradients is measured, from 0 to 1.
+
+        A bound, because the variance of what is not measured is at most its squared norm: E |g|^2 >= tr Cov(g).
+        """
+        return self._read().share
 
     def by_parameter(self) -> dict[str, GroupStats]:
         """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer."""
         return dict(self._read().parameters)
 
-    def by_group(self, grouping: Grouping = "module type") -> dict[str, GroupStats]:
+    def by_group(self, grouping: Grouping | None = None) -> dict[str, GroupStats]:
         """Statistics of groups of parameters: numerators and denominators are summed, then divided. One transfer.
 
         Args:
-            grouping: ``"module type"``, the class of the module that owns the parameter; or a mapping from group to a
-                regular expression that is searched in the parameter's name, or to a collection of names, where the
-                first match wins and the rest is the group ``"other"``; or a callable ``(name)`` or
-                ``(name, parameter)`` that returns the group, or None to leave the parameter out.
+            grouping: ``"module type"``, the class of the module that owns the parameter; ``"layer"``, that module; or a
+                mapping from group to a regular expression that is searched in the parameter's name, or to a collection of
+                names, where the first match wins and the rest is the group ``"other"``; or a callable ``(name)`` or
+                ``(name, parameter)`` that returns the group, or None to leave the parameter out. Default: the groups
+                given to ``NoiseScale``, else ``"module type"``.
 
         Raises:
             OptionError: a grouping of another kind.
         """
-        group_of = _group_function(grouping, self.model)
-        parameters = self._state.parameters if self._state else {}
-        members: dict[str, list[GroupStats]] = {}
-        for name, stats in self._read().parameters.items():
-            group = group_of(name, parameters[name])
+        if grouping is None:
+            grouping = self._own if self._own is not None else KINDS[0]
+        group_of = group_function(grouping, self.model)
+        reading = self._read()
+        members: dict[str, list[str]] = {}
+        for name in reading.parameters:
+            group = group_of(name, self._host.parameters[name])
             if group is not None:
-                members.setdefault(str(group), []).append(stats)
-        order = [*grouping, "other"] if isinstance(grouping, Mapping) else members
-        return {group: _total(members[group]) for group in order if group in members}
+                members.setdefault(str(group), []).append(name)
+        title = next((t for t, tracked in self._groupings.items() if tracked is grouping or tracked == grouping), None)
+        rows = {}
+        for group, names in members.items():
+            parts = [reading.parameters[name] for name in names]
+            own = reading.groups.get((title, group)) if title is not None else None
+            rows[group] = (
+                total(parts) if own is None else stats_of(own, [self._host.parameters[name] for name in names])
+            )
+        return in_order(grouping, rows)
 
-    def summary(self, grouping: Grouping = "module type") -> str:
+    def summary(self, grouping: Grouping | None = None) -> str:
         """A table of the groups and the total, as text."""
         reading = self._read()
-        lines = [f"{'':24}{'numbers':>12}{'B_simple':>18}{'tr(Sigma)':>12}{'|G|^2':>12}"]
-        for group, stats in [*self.by_group(grouping).items(), ("total", reading.total)]:
-            lines.append(f"{group:24.24}{stats.elements:>12,}{_columns(stats)}")
-        lines.append(f"B_simple in examples. {reading.counts.describe()}")
-        if self._state and reading.excluded:
-            lines.append(self._state.coverage_text(reading.excluded))
+        lines = [table({**self.by_group(grouping), TOTAL: reading.total})]
+        lines.append(f"B_simple in examples. {reading.describe()}")
+        if self._tracked and reading.excluded:
+            lines.append(self._host.coverage_text(reading.excluded))
+        lines += [text for kind, text in messages(reading.findings) if kind in NOTES]
         return "\n".join(lines)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later numbers depend on, as tensors and plain values; the same on all ranks."""
+        return saved.state_dict(self._tracked, self._host, self.model) | {
+            "prediction": None if self._predicting is None else self._predicting.state_dict(),
+            "preconditioned": None if self._weighing is None else self._weighing.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``, with the same numbers, on any number of ranks.
+
+        Raises:
+            StateError: the state of another model, or of another version. What is there stays as it is.
+        """
+        tracked, host = saved.load(state, self.model, self._groupings)
+        if self._predicting is not None and state.get("prediction") is not None:
+            self._predicting.load_state_dict(state["prediction"])
+        if self._weighing is not None and state.get("preconditioned") is not None:
+            self._weighing.load(state["preconditioned"])
+        self._tracked, self._host, self._reading = tracked, host, None
+
     def __repr__(self) -> str:
-        if self._state is None:
+        if self._tracked is None:
             return "NoiseScale(no step yet)"
         reading = self._read()
-        return f"NoiseScale({_describe(reading.total.tr_sigma, reading.total.g_sq)}, steps={reading.counts.steps})"
+        return f"NoiseScale({describe(reading.total)}, steps={reading.counts.steps:.0f})"
+
+    def _track(self, found: collector.Totals) -> Tracked:
+        """The sums with a column for each trainable parameter of now: new ones start empty, the others go on."""
+        parameters = dict(zip(found.names, found.parameters, strict=True))
+        if self._tracked is None or parameters.keys() != self._host.parameters.keys():
+            columns = columns_of(parameters, self.model, self._groupings)
+            if self._tracked is None:
+                self._tracked = Tracked.empty(columns, device_of(found), self._half_life or 0.0)
+            else:
+                self._tracked = self._tracked.rearranged(columns)
+        self._tracked.to(device_of(found))
+        self._host.parameters = parameters
+        return self._tracked
+
+    def _rest(self) -> frozenset[str]:
+        """All but the norm layers."""
+        assert self._predicting is not None and self._predicting.names is not None
+        return frozenset(self._host.parameters.keys() - self._predicting.names)
 
     def _why_nothing(self, found: collector.Totals) -> str:
         if reason := collector.diagnose(self.model):
             return reason
         refused = {name: reason or "" for name, reason in zip(found.names, found.refusals, strict=True)}
-        return f"noise.step() found no measured parameter. {_list_reasons(refused)}"
+        return f"noise.step() found no measured parameter. {list_reasons(refused)}"
 
-    def _read(self) -> _Reading:
+    def _read(self) -> Reading:
         if self._reading is None:
-            if self._state is None:
-                return _Reading({}, {}, _Counts(), _total([]))
-            self._reading = self._state.read()
-        self._report(self._reading)
+            if self._tracked is None:
+                return Reading()
+            self._reading = read(self._tracked, self._host, self._predicting, self._weighing)
+        for kind, text in messages(self._reading.findings):
+            if kind not in NOTES:
+                self._warn(kind, text)
+        if self._reading.excluded:
+            self._warn("coverage", self._host.coverage_text(self._reading.excluded))
         return self._reading
 
-    def _report(self, reading: _Reading) -> None:
-        counts = reading.counts
-        if self._state and reading.excluded:
-            self._warn("coverage", self._state.coverage_text(reading.excluded))
-        if counts.skipped:
-            self._warn(
-                "skipped",
-                f"{counts.skipped} of {counts.steps} steps were left out of the noise scale because a gradient or a "
-                "norm was NaN or infinite; noise.skipped counts them. Does the loss diverge?",
-            )
-        if counts.too_few:
-            self._warn(
-                "too few",
-                f"{counts.too_few} of {counts.steps} steps had fewer than two examples, from which noise cannot be "
-                "told from signal; they count for nothing. Use a larger batch, or call noise.step() once after several "
-                "backward passes.",
-            )
-        if counts.inconsistent:
-            self._warn(
-                "inconsistent",
-                f"in {counts.inconsistent} of {counts.steps} steps p.grad was larger than the measured examples can "
-                "account for (|g|^2 > n * sum of squares), so the noise scale is not to be trusted. Call zero_grad() "
-                "after every noise.step(), measure all micro-batches of a step or none, and call noise.step() before "
-                "anything rescales p.grad.",
-            )
-
-    def _warn(self, kind: str, text: str, stacklevel: int = 5) -> None:
+    def _warn(self, kind: str, text: str, stacklevel: int = 4) -> None:
         """Once per kind, at the line that called ``step()`` or read a value."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, GnsWarning, stacklevel=stacklevel)
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """In the order of the device vector."""
-
-    steps: int = 0
-    examples: int = 0
-    skipped: int = 0
-    too_few: int = 0
-    inconsistent: int = 0
-
-    def describe(self) -> str:
-        left_out = f", {self.skipped} left out as not finite" if self.skipped else ""
-        too_few = f", {self.too_few} with fewer than two examples" if self.too_few else ""
-        return f"{self.steps} steps{left_out}{too_few}; {self.examples:,} examples."
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    parameters: dict[str, GroupStats]
-    excluded: dict[str, str]
-    counts: _Counts
-    total: GroupStats
-
-
-@dataclass(slots=True)
-class _State:
-    """What is kept on the device, a column per trainable parameter, and what of it the host knows."""
-
-    parameters: dict[str, nn.Parameter]
-    excluded: dict[str, str]  # name -> reason: has a gradient, but the last step could not measure it
-    unselected: set[str]  # has a gradient, and the user chose not to measure it
-    sums: Tensor  # [3, P]
-    refused: Tensor  # [P], of the last step
-    counts: Tensor  # [len(_Counts)]
-    half_life: Tensor  # 0-d, examples; 0 until the first step that has any
-
-    def spread(self, values: Tensor, found: collector.Totals) -> Tensor:
-        """One number per measured parameter as a vector [P] beside the sums, 0 for the others."""
-        values = values.to(self.sums)
-        if len(values) == len(found.names):
-            return values
-        measured = tuple(i for i, reason in enumerate(found.refusals) if reason is None)
-        return self.sums.new_zeros(len(found.names)).index_copy_(0, collector.index(measured, values.device), values)
-
-    def read(self) -> _Reading:
-        flat = torch.cat([self.sums.flatten(), self.refused, self.counts]).tolist()  # the one transfer
-        size = len(self.parameters)
-        columns = [flat[row * size : (row + 1) * size] for row in range(4)]
-        excluded, stats = dict(self.excluded), {}
-        for (name, parameter), tr_sigma, g_sq, freedom, refused in zip(self.parameters.items(), *columns, strict=True):
-            if refused:
-                excluded[name] = "refused"
-            elif freedom > 0 and name not in excluded:
-                stats[name] = GroupStats(tr_sigma / freedom, g_sq / freedom, 1, parameter.numel())
-        return _Reading(stats, excluded, _Counts(*map(int, flat[4 * size :])), _total(stats.values()))
-
-    def share(self, left_out: Iterable[str]) -> float:
-        """Share of the numbers outside ``left_out``."""
-        total = sum(parameter.numel() for parameter in self.parameters.values())
-        return 1 - sum(self.parameters[name].numel() for name in left_out) / max(total, 1)
-
-    def coverage_text(self, excluded: Mapping[str, str]) -> str:
-        return (
-            f"{len(excluded)} of {len(self.parameters)} trainable parameters, {1 - self.share(excluded):.1%} of the "
-            f"numbers, are not in the noise scale. {_list_reasons(excluded)}"
-        )
-
-
-def _track(state: _State | None, found: collector.Totals, half_life: float | None) -> _State:
-    """The state with a column for each trainable parameter of now: new ones start empty, the others go on."""
-    parameters = dict(zip(found.names, found.parameters, strict=True))
-    if state is None:
-        assert found.values is not None
-        device = found.values.device
-        # MPS has no float64; there the sums are as good as the norms.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        new = torch.zeros(3, len(parameters), device=device, dtype=dtype)
-        state = _State(parameters, {}, set(), new, new[0], new.new_zeros(5), new.new_full((), half_life or 0.0))
-    elif parameters.keys() != state.parameters.keys():
-        columns = dict(zip(state.parameters, state.sums.unbind(1), strict=True))
-        state.sums = torch.stack([columns.get(name, state.sums.new_zeros(3)) for name in parameters], dim=1)
-    state.parameters = parameters
-    gaps = {
-        name: reason
-        for name, reason in zip(found.names, found.refusals, strict=True)
-        if reason is not None and parameters[name].grad is not None
-    }
-    state.unselected = {name for name in gaps if leaves.left_out(parameters[name]) is not None}
-    state.excluded = {name: reason for name, reason in gaps.items() if name not in state.unselected}
-    return state
-
-
-def _grad_norms(found: collector.Totals) -> Tensor:
-    """|g| of the measured parameters, in float32 at least, without a kernel per parameter."""
-    measured = (p.grad for p, reason in zip(found.parameters, found.refusals, strict=True) if reason is None)
-    grads = [torch.view_as_real(g) if g.is_complex() else g for g in measured if g is not None]
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _total(members: Iterable[GroupStats]) -> GroupStats:
-    members = list(members)
-    if not members:
-        return GroupStats(math.nan, math.nan, 0, 0)
-    return GroupStats(
-        tr_sigma=math.fsum(stats.tr_sigma for stats in members),
-        g_sq=math.fsum(stats.g_sq for stats in members),
-        parameters=sum(stats.parameters for stats in members),
-        elements=sum(stats.elements for stats in members),
-    )
-
-
-def _group_function(grouping: Grouping, model: nn.Module) -> Callable[[str, nn.Parameter], Any]:
-    if grouping == "module type":
-        owner = {id(p): type(m).__name__ for m in reversed([*model.modules()]) for p in m.parameters(recurse=False)}
-        return lambda name, parameter: owner.get(id(parameter), "other")
-    if isinstance(grouping, Mapping):
-        patterns = {
-            group: re.compile(match).search if isinstance(match, str) else frozenset(match).__contains__
-            for group, match in grouping.items()
-        }
-        return lambda name, parameter: next((group for group, match in patterns.items() if match(name)), "other")
-    if callable(grouping):
-        try:
-            inspect.signature(grouping).bind("", None)
-        except TypeError:
-            return lambda name, parameter: grouping(name)
-        return grouping
-    raise OptionError(
-        f"by_group({grouping!r}): expected 'module type', a mapping from group to a regular expression or names, or a "
-        "callable (name) or (name, parameter)."
-    )
-
-
-def _list_reasons(reasons: Mapping[str, str], shown: int = 3) -> str:
-    """The first few reasons, each with the first few names that it holds for, and where to find the others."""
-    names_of: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names_of.setdefault(reason, []).append(name)
-    parts = [f"{_list_names(names, shown)}: {reason}" for reason, names in names_of.items()]
-    return "; ".join(parts[:shown]) + ("; ..." if len(parts) > shown else "") + ". See gnsfx.coverage(model)."
-
-
-def _list_names(names: Sequence[str], shown: int) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def _columns(stats: GroupStats) -> str:
-    if not stats.parameters:
-        return f"{'not measured':>18}"
-    b_simple = "not yet detected" if math.isnan(stats.b_simple) else f"{stats.b_simple:.4g}"
-    return f"{b_simple:>18}{stats.tr_sigma:>12.3g}{max(stats.g_sq, 0.0):>12.3g}"
-
-
-def _describe(tr_sigma: float, g_sq: float) -> str:
-    if math.isnan(g_sq):
-        return "nothing measured yet"
-    b_simple = estimators.noise_scale(tr_sigma, g_sq)
-    shown = "not yet detected" if math.isnan(b_simple) else f"{b_simple:.4g} examples"
-    return f"b_simple={shown}, tr_sigma={tr_sigma:.3g}, g_sq={max(g_sq, 0.0):.3g}"

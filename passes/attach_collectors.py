@@ -11,6 +11,7 @@ the caller sees it; being an output of its own, it cannot disturb how the others
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -71,11 +72,18 @@ def slots(graph: Graph) -> list[Node]:
 
 
 def attach_collectors(
-    graph: Graph, emit: Emitter, sq_norms: Sequence[tuple[Node | None, str]], count: Node | None, coupled: bool
+    graph: Graph,
+    emit: Emitter,
+    sq_norms: Sequence[tuple[Node | None, str]],
+    entries: Sequence[tuple[Node | None, str, int]],
+    count: Node | None,
+    coupled: bool,
 ) -> None:
-    """Let the first leaf's gradient be (2, n + 1): sums over examples, and how many; the second's, if any, (n, B).
+    """Let the first leaf's gradient be (2, n + 1): sums over examples, and how many; the second's, if any, (n, B); with
+    ``entries`` the last one's all of them in one row.
 
     ``sq_norms`` holds a (B,) node and the status per slot; without a node the slot says refused, or zero where unused.
+    ``entries``: the same for the sums of single numbers, with how many there are.
     ``count``: a 0-d node with the number of examples, where that is data. The last column says refused where the graph
     hands a coupled gradient to the graph before it.
 
@@ -104,7 +112,10 @@ def attach_collectors(
             stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
             columns.insert(0, emit(aten.sum.dim_IntList, stacked, [1]))
         both = emit.view(emit(aten.cat.default, columns), [2, len(parts) + 1])
-        for slot, new in zip(found, [both, stacked], strict=False):
+        results = [both, stacked][: len(found) - bool(entries)]
+        if entries:
+            results.append(_side_by_side(emit, entries, like))
+        for slot, new in zip(found, results, strict=True):
             assert new is not None
             slot.replace_all_uses_with(new)
     for probe in [n for n in graph.nodes if n.target is torch.ops.gnsfx.probe.default]:
@@ -112,3 +123,13 @@ def attach_collectors(
             constant = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
             constant.meta["partitioner_tag"] = "is_forward"
         probe.replace_all_uses_with(constant)
+
+
+def _side_by_side(emit: Emitter, entries: Sequence[tuple[Node | None, str, int]], like: dict[str, Any]) -> Node:
+    parts = [
+        emit.cast(emit.view(node, [numbers]), like["dtype"])
+        if node is not None
+        else emit(aten.full.default, [numbers], 0.0 if status == "unused" else REFUSED, **like)
+        for node, status, numbers in entries
+    ]
+    return emit(aten.cat.default, parts)

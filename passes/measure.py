@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gnsfx._torch import known
+from gnsfx._torch import known, size_hint
 from gnsfx.errors import GraphError
 from gnsfx.passes.bags import RaggedBags
 from gnsfx.passes.contractions import (
@@ -36,6 +36,7 @@ from gnsfx.passes.contractions import (
     zeros,
 )
 from gnsfx.passes.emit import Emitter, accumulate_dtype
+from gnsfx.passes.entries import STACKED, sum_entries
 from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.propagate import States
 from gnsfx.passes.record import Record, refuse
@@ -61,6 +62,7 @@ class Measurer:
 
     def __init__(self, view: JointGraph, states: States, emit: Emitter, planner: Planner) -> None:
         self.view, self.states, self.emit, self.planner = view, states, emit, planner
+        self._gathered: set[Node] = set()  # tables from which all examples look up the same rows
         self._stacks: dict[Node, Node] = {}
         self._singles: dict[Node, Record] = {}
         self._replacements: list[tuple[Node, Node]] = []
@@ -117,6 +119,25 @@ class Measurer:
                 record.sq_norm = self._of_all(gradient)
         return record
 
+    def entries(self, record: Record, gradient: Node) -> Node | None:
+        """sum_b c_b^2 of every number, where measuring the record gave it; see :mod:`gnsfx.passes.entries`."""
+        if record.sq_norm is None:
+            return None
+        written, path = len(self._replacements), record.path
+        stack = self._stack if path in STACKED or (path == "segments" and self._gathers(gradient)) else None
+        try:
+            with self.emit.at(self.view.output):
+                return sum_entries(gradient, path, self.states, self.emit, stack)
+        except Exception:
+            del self._replacements[written:]
+            return None
+
+    def _gathers(self, gradient: Node) -> bool:
+        """Whether all examples look up the same rows, so that the rows of each are there, and its table is small enough."""
+        value = gradient.meta["val"]
+        size = size_hint(self.emit.examples) * size_hint(value.numel()) * accumulate_dtype(value.dtype).itemsize
+        return peel(gradient)[0] in self._gathered and size <= self.planner.memory
+
     # ------------------------------------------------------------------------------------------- partial gradients
 
     def _partial(self, record: Record, gradient: Node) -> Record:
@@ -135,6 +156,7 @@ class Measurer:
             lookup = self._lookup_of_partial(leaf)
             if lookup is not None:
                 record.path = "segments"
+                self._gathered.add(leaf)
                 record.sq_norm = self._scaled(self.emit(ops.embedding_sq_norm.default, *lookup), scale)
                 return record
             record.path = "lift"

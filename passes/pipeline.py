@@ -40,6 +40,7 @@ class Plan:
         parameters: positions of all trainable parameters, measured or not.
         refusal: a reason to refuse every parameter, found before tracing.
         memory: cap in bytes; forced: a path, or "auto".
+        elementwise: (slot, how many numbers) of the parameters whose squares are also kept number by number.
     """
 
     slots: tuple[int, ...]
@@ -50,6 +51,7 @@ class Plan:
     memory: int
     forced: str
     documents: Documents | None = None
+    elementwise: tuple[tuple[int, int], ...] = ()
 
     def count(self, shape: Callable[[int], Sequence[Size]]) -> Size | None:
         """The number of examples, or of places for documents, given the shapes of the inputs; None where it is not known."""
@@ -95,6 +97,7 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     report.coupled = find_coupling(view, states, plan, refusal, outside)
     emit = Emitter(graph, examples)
     measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
+    kept = dict(plan.elementwise)
     for index in plan.slots:
         gradient, parameter = view.grads.get(index), view.inputs.get(index)
         record = Record(index, tuple(parameter.meta["val"].shape) if parameter is not None else ())
@@ -104,14 +107,18 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
         elif gradient is None:
             record.status, record.reason = "unused", "it gets no gradient in this graph"
         else:
-            guard(measurer.measure(record, gradient), gradient, emit, view, outside)
+            measurer.measure(record, gradient)
+            if index in kept:
+                record.entries = measurer.entries(record, gradient)
+            guard(record, gradient, emit, view, outside)
     measurer.apply()
     count = None
     if plan.documents is not None and found is not None:
         keep_apart(report.records, view, states, emit, plan.documents)
         count = plan.documents.count(view, emit)
     norms = [(r.sq_norm, r.status) for r in report.records]
-    attach_collectors(graph, emit, norms, count, report.coupled is not None)
+    entries = [(r.entries, r.status, kept[r.slot]) for r in report.records if r.slot in kept]
+    attach_collectors(graph, emit, norms, entries, count, report.coupled is not None)
     graph.eliminate_dead_code()
     check_graph(graph, contract)
     if keep_text:

@@ -22,7 +22,8 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Record:
-    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it."""
+    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it;
+    ``entries`` is the sum of squares over the examples of every single number, where it was asked for and is known."""
 
     slot: int
     shape: tuple[Any, ...]
@@ -32,6 +33,7 @@ class Record:
     reason: str = ""
     costs: dict[str, cost.Cost] = field(default_factory=dict)
     sq_norm: Node | None = None
+    entries: Node | None = None
     condition: str = ""
 
 
@@ -50,9 +52,17 @@ def refuse(record: Record, mixed: Mixed) -> Record:
 
 
 def refuse_where(record: Record, broken: Sequence[Node], reason: str, emit: Emitter) -> None:
-    """Let the norms be ``REFUSED`` in a run where any of the 0-d booleans ``broken`` is true."""
+    """Let what was measured be ``REFUSED`` in a run where any of the 0-d booleans ``broken`` is true."""
     assert record.sq_norm is not None
-    record.condition, value = reason, record.sq_norm.meta["val"]
+    record.condition = reason
+    record.sq_norm = _refused_where(record.sq_norm, broken, emit)
+    if record.entries is not None:
+        record.entries = _refused_where(record.entries, broken, emit)
+
+
+def _refused_where(node: Node, broken: Sequence[Node], emit: Emitter) -> Node:
+    value = node.meta["val"]
     refused = emit(aten.full.default, [], REFUSED, dtype=value.dtype, device=value.device, pin_memory=False)
     for condition in broken:
-        record.sq_norm = emit(aten.where.self, condition, refused, record.sq_norm)
+        node = emit(aten.where.self, condition, refused, node)
+    return node

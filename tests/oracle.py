@@ -25,6 +25,17 @@ def per_example_sq_norms(model: nn.Module, losses: Tensor, weights: Tensor | Non
     return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
+def elementwise_sq_sums(model: nn.Module, losses: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """Parameter name -> tensor shaped like the parameter: the squares of each number's contributions, summed."""
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    weights = torch.full_like(losses, 1 / losses.shape[0]) if weights is None else weights
+    sums = [torch.zeros_like(p) for p in parameters]
+    for b in range(losses.shape[0]):
+        grads = torch.autograd.grad(losses[b] * weights[b], parameters, retain_graph=True, allow_unused=True)
+        sums = [s if g is None else s + g.square() for s, g in zip(sums, grads, strict=True)]
+    return dict(zip(names, sums, strict=True))
+
+
 def _square(grad: Tensor) -> Tensor:
     grad = grad.to_dense() if grad.is_sparse else grad
     return (torch.view_as_real(grad) if grad.is_complex() else grad).square().sum()

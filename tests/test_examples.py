@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -141,7 +142,7 @@ def test_bad_options_exit_with_2(demo, arguments, expected, capsys):
 
 def test_the_code_in_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2))
     names = {
@@ -155,17 +156,30 @@ def test_the_code_in_the_readme_runs():
         "documents": torch.tensor([[0, 0, 1, 1, 1, -1]]),
         "boundaries": torch.tensor([0, 2, 6]),
         "compiled": lambda tokens, documents: None,
+        "batches": itertools.repeat((torch.randn(16, 8), torch.randn(16, 2))),
+        "steps": 3,
     }
-    whole, packed = blocks.pop(2), blocks.pop()
-    for block in (*blocks, packed):
+    plain, tenth, controller, whole, packed = blocks
+    for block in (plain, tenth, packed):
         exec(block, names)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):
         exec(whole, names)
     noise = names["noise"]
     assert noise.steps == 12 + 2 and noise.coverage_share == 1
     assert set(noise.by_group()) == {"Linear", "LayerNorm"}
+    exec(controller, names)
+    assert names["controller"].steps == 3
 
 
-@pytest.mark.parametrize("benchmark", ["step_time", "compile_time"])
-def test_benchmarks_have_help(benchmark):
-    assert "plain" in run(ROOT / f"benchmarks/{benchmark}.py", "--help")
+HELP = {
+    "step_time": "plain",
+    "compile_time": "plain",
+    "monte_carlo": "Bias and coverage",
+    "naive_estimators": "estimators",
+    "real_run": "closed loop",
+}
+
+
+@pytest.mark.parametrize(("benchmark", "word"), HELP.items())
+def test_benchmarks_have_help(benchmark, word):
+    assert word in run(ROOT / f"benchmarks/{benchmark}.py", "--help")

@@ -13,7 +13,7 @@ import gnsfx
 from gnsfx import backend, collector
 from gnsfx.config import known_options
 from gnsfx.coverage import coverage
-from gnsfx.errors import GnsError, GnsWarning, OptionError
+from gnsfx.errors import GnsError, OptionError
 from tests import oracle, zoo
 
 EAGER = {"gns.inner": "eager"}
@@ -96,9 +96,23 @@ def test_frozen_and_unused_parameters() -> None:
 
 def test_an_empty_batch() -> None:
     model = zoo.MLP(3, 3)
-    with pytest.warns(GnsWarning, match="the batch is empty"):
-        torch.compile(model, backend="gns", options=EAGER)(torch.randn(0, 3)).sum().backward()
+    compiled = torch.compile(model, backend="gns", options=EAGER)
+    compiled(torch.randn(0, 3)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    found = collector.totals(model)
+    assert found.micro_batches == (0,) and found.values is not None and not found.values.any()
+    assert set(statuses(model).values()) == {"unused"}
+    compiled(torch.randn(2, 3)).sum().backward()
+    assert sum(b or 0 for b in collector.totals(model).micro_batches) == 2
+    assert set(statuses(model).values()) == {"measured"}
+
+
+def test_an_empty_batch_with_a_penalty_that_no_example_owns() -> None:
+    model = zoo.MLP(3, 3)
+    compiled = torch.compile(lambda x: model(x).sum() + model.layers[0].weight.square().sum(), backend="gns", options=EAGER)
+    compiled(torch.randn(0, 3)).backward()
+    refused = {m.name: m.refusal for m in collector.measurements(model)}
+    assert "no example owns" in (refused["layers.0.weight"] or "") and refused["layers.0.bias"] is None
 
 
 def test_one_example_owns_the_whole_gradient() -> None:

@@ -1,11 +1,12 @@
 """The unbiased pair against Monte Carlo truth, and against the estimators that look like it."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from gnsfx import estimators
+from gnsfx import estimators, series
 
 DIM, BATCH, STEPS = 4, 16, 40_000
 B_TRUE = 57.5
@@ -67,39 +68,70 @@ def test_ratio_of_averages_not_average_of_ratios(world):
     grad_sq, sq_norm = sums(examples / BATCH)
     pair = estimators.unbiased_pair(grad_sq, sq_norm, BATCH)
     assert (pair.g_sq < 0).float().mean() > 0.05, "single steps do come out negative"
-    terms = estimators.pooled_terms(grad_sq, sq_norm, torch.full_like(grad_sq, BATCH))
-    averages = estimators.pooled_pair(terms.sum(1))
-    ours = estimators.noise_scale(float(averages.tr_sigma), float(averages.g_sq))
+    ours = estimators.noise_scale(float(pair.tr_sigma.mean()), float(pair.g_sq.mean()))
     assert ours == pytest.approx(B_TRUE, rel=0.05)
     assert abs((pair.tr_sigma / pair.g_sq).median() - B_TRUE) > 5 * abs(ours - B_TRUE)
     clamped_first = pair.tr_sigma.mean() / pair.g_sq.clamp(min=0).mean()
     assert clamped_first < 0.95 * B_TRUE
 
 
-def test_pooled_terms_are_the_pair_times_its_freedom():
-    grad_sq, sq_norm = torch.rand(2, 7, dtype=torch.float64)
-    examples = torch.arange(2.0, 9.0, dtype=torch.float64)
-    terms = estimators.pooled_terms(grad_sq, sq_norm, examples)
-    pooled, direct = estimators.pooled_pair(terms), estimators.unbiased_pair(grad_sq, sq_norm, examples)
-    torch.testing.assert_close(pooled.tr_sigma, direct.tr_sigma)
-    torch.testing.assert_close(pooled.g_sq, direct.g_sq)
-    torch.testing.assert_close(terms[2], examples - 1)
+SIZES = (7, 2, 5)
 
 
-def test_steps_without_freedom_add_nothing():
-    grad_sq, sq_norm, examples = torch.tensor([[0.0, 3.0], [0.0, 3.0], [0.0, 1.0]])
-    assert torch.equal(estimators.pooled_terms(grad_sq, sq_norm, examples), torch.zeros(3, 2))
+def test_weights_of_unequal_micro_batches():
+    """The loss of each is its own mean, divided by their number: w = 1 / (A b_m)."""
+    weights = torch.cat([torch.full((b,), 1 / (len(SIZES) * b), dtype=torch.float64) for b in SIZES])
+    passes, inverse = torch.tensor([[3.0, 0.0, 4.0], [sum(1 / b for b in SIZES), 0.0, 4 / 5]], dtype=torch.float64)
+    found = estimators.effective_of_micro_batches(passes, inverse)
+    assert found.tolist() == pytest.approx([float(estimators.effective_examples(weights)), 0, 20])
+    assert found[0] == pytest.approx(10.678, abs=1e-3)
 
 
-def test_pooling_steps_of_different_size_is_unbiased(world):
+def test_unequal_micro_batches_are_unbiased(world):
     mean, tr_sigma, examples = world
-    total = torch.zeros(3, dtype=torch.float64)
-    for part, size in zip(examples.chunk(4), (2, 5, 9, 16), strict=True):
-        grad_sq, sq_norm = sums(part[:, :size] / size)
-        total += estimators.pooled_terms(grad_sq, sq_norm, torch.full_like(grad_sq, size)).sum(1)
-    pair = estimators.pooled_pair(total)
-    assert pair.tr_sigma == pytest.approx(float(tr_sigma), rel=0.02)
-    assert pair.g_sq == pytest.approx(float(mean.square().sum()), rel=0.1)
+    weights = torch.cat([torch.full((b,), 1 / (len(SIZES) * b), dtype=torch.float64) for b in SIZES])
+    kish = estimators.effective_examples(weights)
+    pair = estimators.unbiased_pair(*sums(examples[:, : sum(SIZES)] * weights[:, None]), kish)
+    assert_unbiased(pair.g_sq, mean.square().sum())
+    assert_unbiased(pair.tr_sigma, tr_sigma)
+
+
+def test_expectation_over_all_outcomes():
+    """h is one of four points with equal probability: the average over all 4^4 steps is the expectation itself."""
+    points = torch.tensor([[3.0, 0.0], [1.0, 2.0], [-2.0, 5.0], [0.0, -1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    steps = torch.stack([points[list(chosen)] for chosen in itertools.product(range(4), repeat=4)])
+    pair = estimators.unbiased_pair(*sums(steps * weights[:, None]), estimators.effective_examples(weights))
+    G = points.mean(0)
+    assert pair.g_sq.mean() == pytest.approx(float(G.square().sum()), rel=1e-12)
+    assert pair.tr_sigma.mean() == pytest.approx(float((points - G).square().sum(1).mean()), rel=1e-12)
+
+
+def test_token_means_of_unequal_lengths():
+    """c_b = a_b h_b / N. With Kish's count the pair is unbiased; taken for equal, it is off by what is known."""
+    lengths = torch.tensor([1.0, 1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
+    tr_sigma, g_sq, n = 3.0, 0.5, len(lengths)
+    weights = lengths / lengths.sum()
+    w2 = weights.square().sum()
+    expected = g_sq + tr_sigma * w2, (tr_sigma + g_sq) * w2  # E |g|^2 and E q
+    pair = estimators.unbiased_pair(*expected, estimators.effective_examples(lengths))
+    assert [float(x) for x in pair] == pytest.approx([tr_sigma, g_sq])
+    taken_for_equal = estimators.unbiased_pair(*expected, n)
+    spread = float(lengths.var(correction=0) / lengths.mean() ** 2)
+    assert taken_for_equal.g_sq == pytest.approx(g_sq * (1 - spread / (n - 1)))
+
+
+def test_steps_of_different_size_average_without_bias(world):
+    mean, tr_sigma, examples = world
+    state = series.empty(1, examples)
+    for part, size in zip(examples.chunk(40), (2, 5, 9, 16) * 10, strict=True):
+        for step in part[:25, :size]:
+            pair = estimators.unbiased_pair(*sums(step[None] / size), size)
+            state = series.step(state, *pair, torch.full((1,), size - 1.0), torch.tensor(1.0))
+    read = series.read(state[:, 0].tolist())
+    assert abs(read.tr_sigma - tr_sigma) < 4 * math.sqrt(read.var_tr_sigma)
+    assert abs(read.g_sq - mean.square().sum()) < 4 * math.sqrt(read.var_g_sq)
+    assert math.sqrt(read.var_tr_sigma) < 0.05 * tr_sigma
 
 
 def test_b_simple_does_not_depend_on_the_loss_scale(world):

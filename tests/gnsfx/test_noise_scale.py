@@ -13,81 +13,9 @@ from torch.nn import functional as F
 
 from gnsfx import collector, estimators, leaves
 from gnsfx.errors import GnsError, GnsWarning, NotMeasuredError, OptionError
+from gnsfx.intervals import one_step
 from gnsfx.noise_scale import NoiseScale
-
-
-class OneByOne:
-    """Stands in for the collectors: per-example gradients by a loop of backward passes."""
-
-    def __init__(self):
-        self.sq_norm, self.examples = {}, torch.zeros(())
-        self.refused, self.cleared, self.reason = {}, 0, None
-
-    def backward(self, model, x, y, scale=1.0):
-        """What ``(mse_loss(model(x), y) * scale).backward()`` would do, with the norms on the side."""
-        parameters = dict(model.named_parameters())
-        for example in range(len(x)):
-            loss = F.mse_loss(model(x[example]), y[example]) * scale / len(x)
-            grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
-            for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
-                if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-                    self.sq_norm[name] = self.sq_norm.get(name, torch.zeros(())) + grad.square().sum()
-        self.examples = self.examples + len(x)
-
-    def totals(self, model):
-        rows = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        reasons = [self.refused.get(n) or (None if n in self.sq_norm else "not seen") for n, _ in rows]
-        measured = [n for (n, _), reason in zip(rows, reasons, strict=True) if reason is None]
-        columns = [torch.stack([self.sq_norm[n].double(), self.examples.double()]) for n in measured]
-        values = torch.stack(columns, 1) if columns else None
-        found = collector.Totals([n for n, _ in rows], [p for _, p in rows], reasons, values, [self])
-        return found
-
-    parameters = ()
-
-    def clear(self, slots):
-        self.sq_norm, self.examples, self.cleared = {}, torch.zeros(()), self.cleared + 1
-
-    def diagnose(self, model):
-        return self.reason
-
-
-@pytest.fixture
-def source(monkeypatch):
-    source = OneByOne()
-    for name in ("totals", "diagnose"):
-        monkeypatch.setattr(collector, name, getattr(source, name))
-    return source
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
-
-
-def data(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator)
-
-
-def run(source, model, noise, sizes, scale=1.0):
-    for seed, size in enumerate(sizes):
-        model.zero_grad()
-        source.backward(model, *data(size, seed), scale)
-        yield noise.step()
-
-
-def definition(model, x, y):
-    """tr(Sigma) and |G|^2 of one batch by the definition: sample variance, and its mean's square less its share."""
-    rows = []
-    for example in range(len(x)):
-        loss = F.mse_loss(model(x[example]), y[example])
-        rows.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, [*model.parameters()])]))
-    rows = torch.stack(rows).double()
-    tr_sigma = rows.var(0, correction=1).sum()
-    return float(tr_sigma), float(rows.mean(0).square().sum() - tr_sigma / len(x))
+from tests.gnsfx.one_by_one import data, definition, run
 
 
 def test_one_step_is_the_definition(source, model):
@@ -162,8 +90,8 @@ def test_ways_to_group(source, model):
     assert {group: row.parameters for group, row in by_name.items()} == {"weight": 3, "bias": 3}
     by_rank = noise.by_group(lambda name, parameter: f"rank {parameter.ndim}" if parameter.ndim > 1 else None)
     assert {group: row.parameters for group, row in by_rank.items()} == {"rank 2": 2}
-    with pytest.raises(OptionError, match=r"by_group\('layer'\): expected 'module type'"):
-        noise.by_group("layer")
+    with pytest.raises(OptionError, match=r"by_group\('rows'\): expected 'module type'"):
+        noise.by_group("rows")
 
 
 def test_reading_is_one_transfer(source, model, monkeypatch):
@@ -278,7 +206,7 @@ def test_a_refusal_known_to_the_compiled_graph_only(source, model):
     source.sq_norm = {name: torch.tensor(-math.inf) for name in ("1.weight", "1.bias")}
     source.backward(model, *data(8))  # nothing added to -inf brings it back
     noise.step()
-    with pytest.warns(GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight, 1\.bias: refused\. See"):
+    with pytest.warns(GnsWarning, match=r"2 of 6 trainable parameters.* 1\.weight, 1\.bias: refused in the graph or on another rank\. See"):
         rows = noise.by_parameter()
     expected = reference.by_parameter()
     assert set(rows) == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -443,3 +371,28 @@ def test_with_the_real_collectors(compile_as):
         assert (measured.tr_sigma, measured.g_sq, measured.examples) == pytest.approx((tr_sigma, g_sq, 12), rel=1e-4)
     assert (noise.tr_sigma, noise.g_sq) == pytest.approx((tr_sigma, g_sq), rel=1e-4)
     assert noise.coverage_share == 1 and set(noise.by_group()) == {"Linear", "LayerNorm"}
+
+
+def test_one_step_has_an_interval_where_single_norms_are_kept():
+    """The same as from the norms of a loop over the examples, over two micro-batches of different size."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)), data(64)
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager", "gns.per_example": True})
+    noise, sizes = NoiseScale(model), [40, 24]
+    shares = torch.cat([torch.full((b,), 1 / (2 * b)) for b in sizes])
+    for xs, ys in zip(x.split(sizes), y.split(sizes), strict=True):
+        (F.mse_loss(compiled(xs), ys) / 2).backward()
+    grad_sq = sum(float(p.grad.square().sum()) for p in model.parameters())
+    measured = noise.step()
+    rows = []
+    for example in range(64):
+        grads = torch.autograd.grad(F.mse_loss(model(x[example]), y[example]) * shares[example], [*model.parameters()])
+        rows.append(sum(float(g.square().sum()) for g in grads))
+    low, high = measured.interval(0.9)
+    assert (low, high) == pytest.approx(one_step(rows, grad_sq, shares.tolist(), 0.9), rel=1e-3)
+    assert low < measured.b_simple < high
+
+
+def test_one_step_alone_says_what_an_interval_needs(source, model):
+    with pytest.raises(NotMeasuredError, match=r"gns\.per_example.* NoiseScale\.interval\(\) needs several steps"):
+        next(run(source, model, NoiseScale(model), [8])).interval()

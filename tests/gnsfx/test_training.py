@@ -61,6 +61,43 @@ def test_accumulation_with_smaller_and_shorter_batches(
     assert {float(m.examples) for m in collector.measurements(model)} == {13.0}
 
 
+def test_sizes_of_the_micro_batches(model: nn.Module, compiled: nn.Module) -> None:
+    for set_to_none in (True, False, True):
+        model.zero_grad(set_to_none)
+        for n, call in ((4, batch()), (3, batch(3, 5)), (2, batch(2))):
+            call(compiled).mean().backward()
+            assert collector.totals(model).micro_batches[-1] == n
+        found = collector.totals(model)
+        assert found.micro_batches == (4, 3, 2)
+    found.clear()
+    torch.autograd.grad(batch()(compiled).mean(), list(model.parameters()))
+    batch(3, 5)(compiled).mean().backward()
+    assert collector.totals(model).micro_batches == (3,)
+    model.norm.weight.grad = model.norm.bias.grad = None
+    batch(2)(compiled).mean().backward()
+    found = collector.totals(model)
+    assert found.micro_batches == (3, 2) and found.values is not None
+    assert sorted({*found.values[1].tolist()}) == [2.0, 5.0]
+
+
+def test_sizes_of_micro_batches_that_are_data_are_not_told() -> None:
+    model = zoo.MLP(4, 4)
+    x, ids = torch.randn(1, 6, 4), torch.tensor([[0, 0, 1, 1, 2, -1]])
+    gnsfx.mark_batch(x, ids=ids)
+    compiled = torch.compile(lambda x, ids: model(x) * (ids >= 0)[..., None], backend="gns", options=EAGER)
+    compiled(x, ids).square().sum().backward()
+    found = collector.totals(model)
+    assert found.micro_batches == (None,) and found.values is not None and found.values[1].tolist() == [3.0, 3.0]
+
+
+def test_zeroing_in_place_clears_what_a_graph_of_other_shapes_refused(model: nn.Module, compiled: nn.Module) -> None:
+    call, other = batch(), batch(3, 5)
+    (call(compiled).mean() + call(compiled).mean()).backward()
+    model.zero_grad(set_to_none=False)
+    other(compiled).mean().backward()
+    agree(model, truth(model, other))
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zeroing_between_forward_and_backward(model: nn.Module, compiled: nn.Module, set_to_none: bool) -> None:
     first, second = batch(), batch()
