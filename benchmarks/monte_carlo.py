@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from gnsfx import estimators, intervals, series
+from gnsfx.noise import estimators, intervals, series
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from other_intervals import fieller, log_delta

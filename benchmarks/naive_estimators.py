@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gnsfx import estimators, intervals, series
+from gnsfx.noise import estimators, intervals, series
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from monte_carlo import DECAY, run_series

@@ -1,10 +1,10 @@
-"""Two textbook intervals of a ratio, to compare with gnsfx.intervals on the same estimates. None: the set is empty."""
+"""Two textbook intervals of a ratio, to compare with gnsfx.noise.intervals on the same estimates. None: the set is empty."""
 
 from __future__ import annotations
 
 import math
 
-from gnsfx.intervals import Estimate, Interval, t_quantile
+from gnsfx.noise.intervals import Estimate, Interval, t_quantile
 
 
 def fieller(estimate: Estimate, level: float = 0.95) -> Interval | None:

@@ -108,7 +108,7 @@ REFUSAL = "tests.gnsfx.test_refusals:"
 CONTRACTION = "tests.passes.test_contractions:"
 RULES, MEASURER = "gnsfx.passes.rules.", "gnsfx.passes.measure:Measurer."
 
-SERIES = "tests.gnsfx.test_series:test_running_sums_are_the_sums"
+SERIES = "tests.gnsfx.noise.test_series:test_running_sums_are_the_sums"
 # fmt: off
 MUTATIONS = [
     Mutation("permute maps dimensions the wrong way", RULES + "views:permute_rule",
@@ -175,13 +175,13 @@ MUTATIONS = [
              "if False:", RULE, ("aten._linalg_solve_ex.default",)),
     Mutation("a transform along the batch passes", RULES + "nn:fft_rule", 'op.mixed("transforms along the batch dimension")', "state",
              RULE, ("aten._fft_c2c.default",)),
-    Mutation("the scatter of the steps counts a step against itself", "gnsfx.series:step", "freedom * (1 - share) * spread",
+    Mutation("the scatter of the steps counts a step against itself", "gnsfx.noise.series:step", "freedom * (1 - share) * spread",
              "freedom * spread", SERIES),
-    Mutation("old steps fade once where they should twice", "gnsfx.series:step", "decay * decay * squares", "decay * squares", SERIES),
-    Mutation("the covariance of noise and signal is forgotten", "gnsfx.intervals:Estimate.residual_sd", "- 2 * ratio * self.cov",
-             "", "tests.gnsfx.test_intervals:test_ends_satisfy_fieller"),
-    Mutation("the pair is that of large batches", "gnsfx.estimators:unbiased_pair", "free = 1 - 1 / examples", "free = 1.0",
-             "tests.gnsfx.test_weights:test_token_means"),
+    Mutation("old steps fade once where they should twice", "gnsfx.noise.series:step", "decay * decay * squares", "decay * squares", SERIES),
+    Mutation("the covariance of noise and signal is forgotten", "gnsfx.noise.intervals:Estimate.residual_sd", "- 2 * ratio * self.cov",
+             "", "tests.gnsfx.noise.test_intervals:test_ends_satisfy_fieller"),
+    Mutation("the pair is that of large batches", "gnsfx.noise.estimators:unbiased_pair", "free = 1 - 1 / examples", "free = 1.0",
+             "tests.gnsfx.noise.test_weights:test_token_means"),
 ]
 # fmt: on
 

@@ -13,7 +13,7 @@ import pytest
 from gnsfx.passes.rules import RULES
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*(ROOT / "passes").rglob("*.py"), *(ROOT / "gnsfx").glob("*.py")])
+FILES = sorted([*(ROOT / "passes").rglob("*.py"), *(ROOT / "gnsfx").glob("*.py"), *(ROOT / "gnsfx/noise").glob("*.py")])
 REASONS_AT_RUN_TIME = (
     "leaves.py",
     "collector.py",

@@ -1,5 +1,7 @@
 """Imports point one way: tests, examples -> gnsfx -> passes -> kernels.{ops,cost} -> kernels.* -> torch.
 
+Within gnsfx: the public names -> gnsfx.batch_size -> gnsfx.noise -> everything else.
+
 ``gnsfx.errors``, ``gnsfx.config`` and ``gnsfx._torch`` (the private names of PyTorch) are leaves: anyone may import
 them, and they import nothing else of ours. Triton is imported in functions of kernel files only: the package works
 where it is not installed.
@@ -12,14 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"gnsfx.errors", "gnsfx.config", "gnsfx._torch"}
-STATISTICS = {"gnsfx.estimators", "gnsfx.series", "gnsfx.intervals"}  # which benchmarks study by themselves
+STATISTICS = {
+    "gnsfx.noise.estimators",
+    "gnsfx.noise.series",
+    "gnsfx.noise.intervals",
+}  # which benchmarks study by themselves
 DOORS = {"gnsfx.kernels.ops", "gnsfx.kernels.cost"}  # all that passes may know of kernels
 
 
 def modules():
     """Our source files: dotted name -> path. Through the real folders, not through the links to them."""
-    for path in sorted(ROOT.glob("gnsfx/*.py")):
-        yield ("gnsfx" if path.stem == "__init__" else f"gnsfx.{path.stem}"), path
+    for path in sorted([*ROOT.glob("gnsfx/*.py"), *ROOT.glob("gnsfx/noise/*.py"), *ROOT.glob("gnsfx/batch_size/*.py")]):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
     for folder in ("passes", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -33,9 +39,13 @@ def level(module):
     """Height in the house; an import goes down or stays on its floor."""
     if module in LEAVES:
         return 0
+    if module.startswith("gnsfx.passes"):
+        return 3
     if module.startswith("gnsfx.kernels"):
         return 2 if module in DOORS else 1
-    return 3 if module.startswith("gnsfx.passes") else 4
+    if module == "gnsfx":
+        return 7
+    return {"noise": 5, "batch_size": 6}.get(module.split(".")[1], 4)
 
 
 def imports(tree):
@@ -84,14 +94,16 @@ def test_examples_use_what_is_public(path):
     ("module", "source", "complaint"),
     [
         ("gnsfx.passes.emit", "import gnsfx", "upward"),
-        ("gnsfx.passes.emit", "from gnsfx import estimators", "upward"),
-        ("gnsfx.passes.emit", "def f():\n    from gnsfx.estimators import noise_scale", "upward"),
+        ("gnsfx.passes.emit", "from gnsfx.noise import estimators", "upward"),
+        ("gnsfx.passes.emit", "def f():\n    from gnsfx.noise.estimators import noise_scale", "upward"),
         ("gnsfx.passes.emit", "from gnsfx.kernels.mm_norm import mm_sq_norm", "kernels are reached through"),
         ("gnsfx.kernels.mm_norm", "from gnsfx.kernels import ops", "upward"),
         ("gnsfx.kernels.ops", "from gnsfx.passes.state import State", "upward"),
-        ("gnsfx.errors", "from gnsfx.estimators import noise_scale", "upward"),
-        ("gnsfx.estimators", "import kernels", "the import names are"),
-        ("gnsfx.estimators", "from .errors import GnsError", "the import names are"),
+        ("gnsfx.errors", "from gnsfx.noise.estimators import noise_scale", "upward"),
+        ("gnsfx.noise.series", "from gnsfx.batch_size import unit", "upward"),
+        ("gnsfx.collector", "from gnsfx.noise import estimators", "upward"),
+        ("gnsfx.noise.estimators", "import kernels", "the import names are"),
+        ("gnsfx.noise.estimators", "from .errors import GnsError", "the import names are"),
         ("gnsfx.kernels.mm_norm", "import triton.language as tl", "only functions in kernel files"),
         ("gnsfx.passes.emit", "def f():\n    import triton", "only functions in kernel files"),
     ],

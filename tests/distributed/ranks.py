@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gnsfx.errors import GnsError
-from gnsfx.measurement import StepMeasurement
+from gnsfx.noise.measurement import StepMeasurement
 from tests import oracle, zoo
 
 ROOT = Path(__file__).parents[2]

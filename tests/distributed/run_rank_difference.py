@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gnsfx
-from gnsfx.rank_difference import RankDifference
+from gnsfx.noise.rank_difference import RankDifference
 from tests.distributed.ranks import OPTIONS, close, fails, same_bits, world
 
 STEPS, EACH = 200, 4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gnsfx import collector
-from tests.gnsfx.one_by_one import OneByOne
+from tests.gnsfx.noise.one_by_one import OneByOne
 
 
 @pytest.fixture(autouse=True)

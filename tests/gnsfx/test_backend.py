@@ -109,7 +109,9 @@ def test_an_empty_batch() -> None:
 
 def test_an_empty_batch_with_a_penalty_that_no_example_owns() -> None:
     model = zoo.MLP(3, 3)
-    compiled = torch.compile(lambda x: model(x).sum() + model.layers[0].weight.square().sum(), backend="gns", options=EAGER)
+    compiled = torch.compile(
+        lambda x: model(x).sum() + model.layers[0].weight.square().sum(), backend="gns", options=EAGER
+    )
     compiled(torch.randn(0, 3)).backward()
     refused = {m.name: m.refusal for m in collector.measurements(model)}
     assert "no example owns" in (refused["layers.0.weight"] or "") and refused["layers.0.bias"] is None

@@ -1,0 +1,105 @@
+"""What one step measured, by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gnsfx import collector
+from gnsfx.errors import NotMeasuredError
+from gnsfx.noise import estimators, intervals
+from gnsfx.noise.gather import Weights
+from gnsfx.noise.groups import NOTHING, GroupStats, describe
+
+
+class StepMeasurement:
+    """What one step measured, by itself: unbiased and noisy. Reading the first value is one transfer."""
+
+    def __init__(self, total: Tensor, sq_norms: Tensor | None, weights: Sequence[Tensor] | None) -> None:
+        """``total``: [4], tr(Sigma), |G|^2, degrees of freedom and the number of examples. ``sq_norms``: [n], |c_b|^2."""
+        self._total, self._sq_norms, self._weights = total, sq_norms, weights
+        self._values: tuple[float, float, float, int] | None = None
+
+    def _read(self) -> tuple[float, float, float, int]:
+        if self._values is None:
+            tr_sigma, g_sq, freedom, examples = self._total.tolist()
+            used = freedom > 0
+            self._values = tr_sigma if used else math.nan, g_sq if used else math.nan, freedom, int(examples)
+        return self._values
+
+    @property
+    def tr_sigma(self) -> float:
+        """tr(Sigma) from this step alone; NaN if it could not be used (fewer than two examples, or not finite)."""
+        return self._read()[0]
+
+    @property
+    def g_sq(self) -> float:
+        """|G|^2 from this step alone. Unbiased: averages of it are right because it may be negative."""
+        return self._read()[1]
+
+    @property
+    def b_simple(self) -> float:
+        """Their ratio, in examples; NaN where ``g_sq`` is not positive. Never average it: read ``NoiseScale``."""
+        return estimators.noise_scale(self.tr_sigma, self.g_sq)
+
+    @property
+    def freedom(self) -> float:
+        """1/W2 - 1, the weight of this step in averages: one less than the number of examples that count the same."""
+        return self._read()[2]
+
+    @property
+    def examples(self) -> int:
+        """Examples in the step, over all its micro-batches and ranks; 0 if a gradient was not finite."""
+        return self._read()[3]
+
+    def interval(self, level: float = 0.95) -> intervals.Interval:
+        """Interval of ``b_simple`` from this step alone: conservative, see :func:`gnsfx.noise.intervals.one_step`.
+
+        Raises:
+            NotMeasuredError: the norms of single examples were not kept, or the step is one of several ranks.
+        """
+        if self._sq_norms is None:
+            raise NotMeasuredError(
+                "an interval from one step needs the norms of single examples, on one rank: compile with "
+                'options={"gns.per_example": True}. NoiseScale.interval() needs several steps instead.'
+            )
+        tr_sigma, g_sq, freedom, _ = self._read()
+        sq_norms = self._sq_norms.tolist()
+        if not freedom > 0 or math.isnan(tr_sigma):
+            return intervals.UNKNOWN
+        weights = None if self._weights is None else torch.cat([w.flatten() for w in self._weights]).tolist()
+        return intervals.one_step(sq_norms, g_sq * freedom / (1 + freedom) + math.fsum(sq_norms), weights, level)
+
+    def __repr__(self) -> str:
+        tr_sigma, g_sq, _, examples = self._read()
+        stats = NOTHING if math.isnan(g_sq) else GroupStats(tr_sigma, g_sq, 1, 0)
+        return f"StepMeasurement({examples} examples, {describe(stats)})"
+
+
+def per_example(found: collector.Totals, loss_scale: float | Tensor) -> Tensor | None:
+    """|c_b|^2 over all measured parameters, [n], over the micro-batches in turn; None where single norms are not kept."""
+    passes: dict[int, Tensor] = {}
+    for leaf in found.collectors:
+        backwards = [backward for backward, _ in leaf.backwards(range(len(leaf.parameters)))]
+        rows = [x.grad for x in leaf.per_example]
+        if not rows or len(rows) != len(backwards):
+            return None
+        for backward, row in zip(backwards, rows, strict=True):
+            if row is None or (backward in passes and len(passes[backward]) != row.shape[1]):
+                return None
+            own = torch.where(row >= 0, row, 0).sum(0)  # a refused parameter has -inf
+            passes[backward] = passes[backward] + own if backward in passes else own
+    return torch.cat([passes[b] for b in sorted(passes)]) / loss_scale / loss_scale if passes else None
+
+
+def weights_of(found: collector.Totals, weights: Weights | None, reduction: str) -> Sequence[Tensor] | None:
+    """What each example counts, up to a factor; None: all the same."""
+    if weights is not None:
+        return [weights] if isinstance(weights, Tensor) else list(weights)
+    sizes = found.micro_batches
+    if reduction == "sum" or len(set(sizes)) < 2 or None in sizes:
+        return None
+    return [torch.full((b,), 1 / b) for b in sizes if b]

@@ -1,0 +1,83 @@
+"""Decayed averages of a vector x_t of d numbers per step, with the covariance of the averages, in one row of numbers.
+
+The sums of :mod:`gnsfx.noise.series`, for d numbers that belong together:
+
+    row = mean [d], M [d, d], W, D, E        W = sum c f    D = sum c    E = sum c^2 f
+    mean = sum c f x / W                     M = sum c f (x - mean)(x - mean)'
+    Var(mean) ~ (M / W) / (n_eff - 1)        n_eff = D W / E, how many steps the average is worth
+
+where step t counts with its degrees of freedom f_t and with c_t, the product of all later decays, and Var(x_t) = C / f_t.
+Two rows of different steps join as Chan, Golub and LeVeque join them ("Updating formulae and a pairwise algorithm for
+computing sample variances", 1979); one step is a row by itself, and joining it is West's update.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Matrix = list[list[float]]
+
+
+class Averages(NamedTuple):
+    """Host numbers: averages [d], their covariance [d][d], how many steps they are worth, and the sum E above."""
+
+    mean: list[float]
+    cov: Matrix
+    n_eff: float
+    squares: float
+
+
+def length(d: int) -> int:
+    """How many numbers a row holds."""
+    return d + d * d + 3
+
+
+def one(values: Tensor, freedom: Tensor) -> Tensor:
+    """The row of one step: values [d], freedom 0-d. Where ``freedom`` is not positive it is empty, whatever the values."""
+    used = freedom > 0
+    d = values.shape[0]
+    freedom = torch.where(used, freedom, 0).to(values.dtype)
+    sums = torch.stack([freedom, used.to(values.dtype), freedom])
+    return torch.cat([torch.where(used, values, 0), values.new_zeros(d * d), sums])
+
+
+def join(older: Tensor, newer: Tensor, decay: Tensor | float = 1.0) -> Tensor:
+    """The row of the steps of both; those of ``older`` count less by the factor ``decay``. Launches device work only."""
+    d = _dimensions(older)
+    squares = older[-1] * decay * decay
+    older = torch.cat([older[:d], older[d:] * decay])
+    whole = older[-3] + newer[-3]
+    share = torch.where(whole > 0, newer[-3] / whole, 0)
+    delta = torch.where(older[-3] > 0, newer[:d] - older[:d], 0)
+    between = older[-3] * share * torch.outer(delta, delta)
+    mean = torch.where(older[-3] > 0, older[:d] + share * delta, newer[:d])
+    return torch.cat(
+        [mean, older[d:-3] + newer[d:-3] + between.flatten(), older[-3:-1] + newer[-3:-1], (squares + newer[-1])[None]]
+    )
+
+
+def variance(row: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance of slopes' mean, and n_eff, both 0-d on the device. NaN below two steps."""
+    d = _dimensions(row)
+    mass, steps, squares = row[-3:]
+    n_eff = steps * mass / squares
+    variance = slopes @ row[d:-3].view(d, d) @ slopes / mass / (n_eff - 1)
+    return torch.where(n_eff > 1, variance, math.nan), n_eff
+
+
+def read(row: list[float]) -> Averages:
+    """What a row of host numbers says; NaN where there are too few steps for it."""
+    d = _dimensions(row)
+    mass, steps, squares = row[-3:]
+    n_eff = steps * mass / squares if squares > 0 else 0.0
+    scale = 1 / (mass * (n_eff - 1)) if n_eff > 1 else math.nan
+    cov = [[row[d + d * i + j] * scale for j in range(d)] for i in range(d)]
+    return Averages(row[:d] if n_eff > 0 else [math.nan] * d, cov, n_eff, squares)
+
+
+def _dimensions(row: Tensor | list[float]) -> int:
+    return math.isqrt(len(row) - 2)  # d^2 < d + d^2 + 1 < (d + 1)^2

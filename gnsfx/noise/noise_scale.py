@@ -1,0 +1,391 @@
+"""The gradient noise scale of a training run: one ``step()`` after backward, numbers whenever they are asked for.
+
+    q_p, n     from the collectors: sum over examples of |c_b|^2 for parameter p, and the number of examples
+    |g_p|^2    from ``p.grad``
+    series     for every parameter and tracked group the averages of tr(Sigma) and |G|^2, and how far they can be trusted
+    B_simple   tr(Sigma) / |G|^2, each averaged over steps for itself and summed over parameters first
+
+``step()`` only launches device work: nothing is moved to the host, decided or printed there. Reading, of any number of
+values, is one transfer. Steps that cannot be used are recognised on the device and told of when something is read.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gnsfx import collector, distributed
+from gnsfx.errors import GnsWarning, NotMeasuredError, OptionError
+from gnsfx.noise import saved
+from gnsfx.noise.diagnostics import NOTES, list_reasons, messages
+from gnsfx.noise.full_steps import FullSteps
+from gnsfx.noise.gather import Weights, device_of, gather, is_idle
+from gnsfx.noise.groups import KINDS, Grouping, GroupStats, describe, group_function, in_order, table, total
+from gnsfx.noise.intervals import Interval
+from gnsfx.noise.measurement import StepMeasurement, per_example, weights_of
+from gnsfx.noise.optimizer_noise import OptimizerNoise, OptimizerStats
+from gnsfx.noise.predict import Prediction
+from gnsfx.noise.reading import Host, Reading, read
+from gnsfx.noise.tracking import TOTAL, Tracked, columns_of, stats_of
+
+
+class NoiseScale:
+    """Gradient noise scale of ``model``, in total, by parameter and by group, averaged over the steps so far.
+
+    Args:
+        model: the module whose parameters are trained, compiled with ``backend="gns"`` or about to be, alone or in
+            DistributedDataParallel or fully_shard.
+        decay: weight of the past after one step of the usual size, that of the first step. A step twice as large counts
+            as two.
+        half_life: the same as a number of examples after which the past counts half; replaces ``decay``.
+        groups: groups to track beside the kinds of module and the layers, as :meth:`by_group` takes them; for others the
+            intervals are wider than need be.
+        reduction: what the loss of one backward pass is over its examples, ``"mean"`` or ``"sum"``. It matters only
+            where passes or ranks have different numbers of examples: a mean over fewer of them counts each for more.
+        process_group: the ranks that share a step; found from the model by default.
+        predict_total: measure the norm layers alone in most steps and everything in each ``every``-th, and predict the
+            total from the norm layers. The forward passes of each step belong inside ``with noise.measuring():``.
+        optimizer: also the noise scale that this optimizer sees, :attr:`preconditioned`; compile with
+            ``options={"gns.elementwise": True}`` for what can be exact. ``power``: see :mod:`gnsfx.noise.preconditioned`.
+
+    Use::
+
+        noise = gnsfx.NoiseScale(model)
+        loss.backward()        # as often as there are micro-batches
+        noise.step()           # before clipping, optimizer.step() and zero_grad()
+        noise.b_simple         # examples
+        noise.interval()       # 95%
+
+    Raises:
+        OptionError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: float = 0.99,
+        half_life: float | None = None,
+        groups: Grouping | None = None,
+        reduction: str = "mean",
+        process_group: Any = None,
+        predict_total: bool = False,
+        every: int = 10,
+        optimizer: Optimizer | None = None,
+        power: int = 1,
+    ) -> None:
+        if not 0 < decay < 1:
+            raise OptionError(f"decay={decay!r}: expected a number between 0 and 1, both excluded, such as 0.99.")
+        if half_life is not None and not half_life > 0:
+            raise OptionError(f"half_life={half_life!r}: expected a positive number of examples, or None.")
+        if reduction not in ("mean", "sum"):
+            raise OptionError(f'reduction={reduction!r}: expected "mean" or "sum".')
+        if groups is not None and groups not in KINDS:
+            group_function(groups, model)
+        self.model = model
+        self._decay, self._half_life, self._reduction = decay, half_life, reduction
+        self._groupings: dict[str, Grouping] = {kind: kind for kind in KINDS}
+        self._own = groups
+        if groups is not None and groups not in KINDS:
+            self._groupings["own"] = groups
+        self._group, self._calls = process_group, 0
+        self._predicting = FullSteps(every) if predict_total else None
+        self._weighing = None if optimizer is None else OptimizerNoise(optimizer, power)
+        self.reset()
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that share a step; None where there is one rank, or each has a step of its own."""
+        return self._group or distributed.group_of(self.model)
+
+    def reset(self) -> None:
+        """Forget all steps, for instance after warm-up."""
+        self._tracked: Tracked | None = None
+        self._reading: Reading | None = None
+        self._host = Host()
+        self._warned: set[str] = set()
+        if self._predicting is not None:
+            self._predicting.reset()
+        if self._weighing is not None:
+            self._weighing.series = None
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Around the forward passes of a step: with ``predict_total`` it decides what this step measures."""
+        return nullcontext() if self._predicting is None else self._predicting.measuring()
+
+    @torch.no_grad()
+    def step(
+        self,
+        *,
+        loss_scale: float | Tensor = 1.0,
+        weights: Weights | None = None,
+        tokens: float | Tensor | None = None,
+    ) -> StepMeasurement:
+        """Take in the gradients of this step and start the collectors anew. No host synchronisation.
+
+        Call it after the last backward and before anything changes ``p.grad``: clipping, ``optimizer.step``,
+        ``zero_grad``. In data-parallel training every rank calls it, also one that had no examples.
+
+        Args:
+            loss_scale: factor that was on the loss in backward and is no longer on ``p.grad``; with a ``GradScaler``,
+                ``scaler.unscale_(optimizer); noise.step(loss_scale=scaler.get_scale())``.
+            weights: how much each example of this rank counts, [n], over all micro-batches, or a list with a tensor per
+                micro-batch; in the same unit on all ranks. For a mean over tokens of padded sequences, the number of
+                tokens of each sequence that are in the loss. Equal by default.
+            tokens: how many tokens of this rank are in the loss, for values in tokens; the sum of whole-number
+                ``weights`` by default.
+
+        Raises:
+            NotMeasuredError: there is nothing to read, with the reason and what to do.
+            OptionError: weights that are not those of the step.
+            GnsError: another rank is at another step, or does not answer.
+        """
+        group = self.process_group
+        self._calls += 1  # also those that raise: the other ranks went on
+        found = collector.totals(self.model)
+        if group is not None and self._group is None:
+            found = distributed.only_averaged(found, self.model)
+        if found.values is None and (group is None or not is_idle(found)):
+            raise NotMeasuredError(self._why_nothing(found))
+        tracked = self._track(found)
+        scaled = None if self._weighing is None else (self._weighing.terms(found, self.model),)
+        sums = gather(
+            found,
+            loss_scale=loss_scale,
+            weights=weights,
+            tokens=tokens,
+            reduction=self._reduction,
+            group=group,
+            call=self._calls,
+            like=tracked.series,
+            scaled=scaled,
+        )
+        whole = self._predicting is None or self._predicting.take(found)
+        if whole:
+            self._host.take(found, group is None, isinstance(loss_scale, Tensor) or loss_scale != 1)
+        taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest())
+        if self._predicting is not None:
+            self._predicting.step(taken.of(self._predicting.names), taken.total if whole else None, taken.forget)
+        if self._weighing is not None and whole and sums.scaled is not None:
+            self._weighing.step(sums.scaled, taken)
+        norms = per_example(found, loss_scale) if group is None and whole else None
+        measured = StepMeasurement(taken.one(whole), norms, weights_of(found, weights, self._reduction))
+        self._reading = None
+        found.clear()
+        if self._host.excluded:
+            self._warn("coverage", self._host.coverage_text(self._host.excluded), stacklevel=4)
+        return measured
+
+    @property
+    def b_simple(self) -> float:
+        """Total noise scale tr(Sigma) / |G|^2, in examples; NaN while |G|^2 is not detected or nothing was measured."""
+        return self._read().total.b_simple
+
+    @property
+    def b_simple_tokens(self) -> float:
+        """The same in tokens; NaN also where ``step`` was not told of tokens."""
+        return self.b_simple * self.tokens_per_example
+
+    def interval(self, level: float = 0.95, unit: str = "examples") -> Interval:
+        """Confidence interval of ``b_simple``: ``low`` and ``high``, inf where there is only a lower bound.
+
+        It is about the average over the memory of this object (``half_life``), and counts no drift within it as error.
+
+        Args:
+            level: probability that it holds the truth.
+            unit: ``"examples"`` or ``"tokens"``.
+
+        Raises:
+            OptionError: a level outside (0, 1), another unit.
+        """
+        if not 0 < level < 1:
+            raise OptionError(f"interval(level={level!r}): expected a number between 0 and 1, such as 0.95.")
+        if unit not in ("examples", "tokens"):
+            raise OptionError(f'interval(unit={unit!r}): expected "examples" or "tokens".')
+        found = self._read().total.interval(level)
+        factor = 1.0 if unit == "examples" else self.tokens_per_example
+        return Interval(0.0, math.inf) if math.isnan(factor) else Interval(found.low * factor, found.high * factor)
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Tokens per effective example, 1/W2 of them in a step, averaged like the rest; NaN where not told."""
+        counts = self._read().counts
+        return counts.tokens / counts.effective if counts.effective > 0 else math.nan
+
+    @property
+    def tr_sigma(self) -> float:
+        """Total variance of a per-example gradient, in units of the gradient squared; NaN if nothing was measured."""
+        return self._read().total.tr_sigma
+
+    @property
+    def g_sq(self) -> float:
+        """Squared norm of the true gradient. Unbiased: not positive means that it is not detected yet."""
+        return self._read().total.g_sq
+
+    @property
+    def steps(self) -> int:
+        """Calls of ``step`` since the start or the last ``reset``."""
+        return int(self._read().counts.steps)
+
+    @property
+    def examples(self) -> int:
+        """Examples in the steps that were used, of all ranks."""
+        return int(self._read().counts.examples)
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because a gradient or a norm was NaN or infinite."""
+        return int(self._read().counts.skipped)
+
+    @property
+    def coverage_share(self) -> float:
+        """Share of the trainable numbers that the last step measured, from 0 to 1.
+
+        Parameters without a gradient in that step are not counted as missing: there was nothing to measure.
+        """
+        return self._host.share({*self._read().excluded, *self._host.unselected}) if self._tracked else 0.0
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """With ``predict_total``: the factor from the norm layers to the total, its interval, and whether it moved."""
+        return self._read().prediction
+
+    @property
+    def preconditioned(self) -> OptimizerStats:
+        """With ``optimizer``: the noise scale in its metric, with its interval and the share that is exact.
+
+        Raises:
+            OptionError: no optimizer was given.
+        """
+        if self._weighing is None:
+            raise OptionError("noise.preconditioned: give the optimizer, NoiseScale(model, optimizer=optimizer).")
+        return self._read().preconditioned
+
+    @property
+    def tr_sigma_share(self) -> float:
+        """At least this share of the tr(Sigma) of all gradients is measured, from 0 to 1.
+
+        A bound, because the variance of what is not measured is at most its squared norm: E |g|^2 >= tr Cov(g).
+        """
+        return self._read().share
+
+    def by_parameter(self) -> dict[str, GroupStats]:
+        """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer."""
+        return dict(self._read().parameters)
+
+    def by_group(self, grouping: Grouping | None = None) -> dict[str, GroupStats]:
+        """Statistics of groups of parameters: numerators and denominators are summed, then divided. One transfer.
+
+        Args:
+            grouping: ``"module type"``, the class of the module that owns the parameter; ``"layer"``, that module; or a
+                mapping from group to a regular expression that is searched in the parameter's name, or to a collection of
+                names, where the first match wins and the rest is the group ``"other"``; or a callable ``(name)`` or
+                ``(name, parameter)`` that returns the group, or None to leave the parameter out. Default: the groups
+                given to ``NoiseScale``, else ``"module type"``.
+
+        Raises:
+            OptionError: a grouping of another kind.
+        """
+        if grouping is None:
+            grouping = self._own if self._own is not None else KINDS[0]
+        group_of = group_function(grouping, self.model)
+        reading = self._read()
+        members: dict[str, list[str]] = {}
+        for name in reading.parameters:
+            group = group_of(name, self._host.parameters[name])
+            if group is not None:
+                members.setdefault(str(group), []).append(name)
+        title = next((t for t, tracked in self._groupings.items() if tracked is grouping or tracked == grouping), None)
+        rows = {}
+        for group, names in members.items():
+            parts = [reading.parameters[name] for name in names]
+            own = reading.groups.get((title, group)) if title is not None else None
+            rows[group] = (
+                total(parts) if own is None else stats_of(own, [self._host.parameters[name] for name in names])
+            )
+        return in_order(grouping, rows)
+
+    def summary(self, grouping: Grouping | None = None) -> str:
+        """A table of the groups and the total, as text."""
+        reading = self._read()
+        lines = [table({**self.by_group(grouping), TOTAL: reading.total})]
+        lines.append(f"B_simple in examples. {reading.describe()}")
+        if self._tracked and reading.excluded:
+            lines.append(self._host.coverage_text(reading.excluded))
+        lines += [text for kind, text in messages(reading.findings) if kind in NOTES]
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later numbers depend on, as tensors and plain values; the same on all ranks."""
+        return saved.state_dict(self._tracked, self._host, self.model) | {
+            "prediction": None if self._predicting is None else self._predicting.state_dict(),
+            "preconditioned": None if self._weighing is None else self._weighing.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``, with the same numbers, on any number of ranks.
+
+        Raises:
+            StateError: the state of another model, or of another version. What is there stays as it is.
+        """
+        tracked, host = saved.load(state, self.model, self._groupings)
+        if self._predicting is not None and state.get("prediction") is not None:
+            self._predicting.load_state_dict(state["prediction"])
+        if self._weighing is not None and state.get("preconditioned") is not None:
+            self._weighing.load(state["preconditioned"])
+        self._tracked, self._host, self._reading = tracked, host, None
+
+    def __repr__(self) -> str:
+        if self._tracked is None:
+            return "NoiseScale(no step yet)"
+        reading = self._read()
+        return f"NoiseScale({describe(reading.total)}, steps={reading.counts.steps:.0f})"
+
+    def _track(self, found: collector.Totals) -> Tracked:
+        """The sums with a column for each trainable parameter of now: new ones start empty, the others go on."""
+        parameters = dict(zip(found.names, found.parameters, strict=True))
+        if self._tracked is None or parameters.keys() != self._host.parameters.keys():
+            columns = columns_of(parameters, self.model, self._groupings)
+            if self._tracked is None:
+                self._tracked = Tracked.empty(columns, device_of(found), self._half_life or 0.0)
+            else:
+                self._tracked = self._tracked.rearranged(columns)
+        self._tracked.to(device_of(found))
+        self._host.parameters = parameters
+        return self._tracked
+
+    def _rest(self) -> frozenset[str]:
+        """All but the norm layers."""
+        assert self._predicting is not None and self._predicting.names is not None
+        return frozenset(self._host.parameters.keys() - self._predicting.names)
+
+    def _why_nothing(self, found: collector.Totals) -> str:
+        if reason := collector.diagnose(self.model):
+            return reason
+        refused = {name: reason or "" for name, reason in zip(found.names, found.refusals, strict=True)}
+        return f"noise.step() found no measured parameter. {list_reasons(refused)}"
+
+    def _read(self) -> Reading:
+        if self._reading is None:
+            if self._tracked is None:
+                return Reading()
+            self._reading = read(self._tracked, self._host, self._predicting, self._weighing)
+        for kind, text in messages(self._reading.findings):
+            if kind not in NOTES:
+                self._warn(kind, text)
+        if self._reading.excluded:
+            self._warn("coverage", self._host.coverage_text(self._reading.excluded))
+        return self._reading
+
+    def _warn(self, kind: str, text: str, stacklevel: int = 4) -> None:
+        """Once per kind, at the line that called ``step()`` or read a value."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, GnsWarning, stacklevel=stacklevel)
