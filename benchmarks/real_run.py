@@ -5,7 +5,7 @@
     python benchmarks/real_run.py --out DIR        # DIR/real_run.json, .md and .svg
 
 Printed per seed and as mean and standard deviation over the seeds:
-    how B_simple and its interval move from the first tenth of the run to the last
+    how B_simple and its interval move, from warm-up over the first tenth of what follows to the end
     Pearson's r and the slope between the B_simple of the norm layers alone and of all parameters, over the run
     tokens and seconds until the closed loop reaches the validation loss at which the fixed batch ended, relative to it
 
@@ -39,6 +39,7 @@ from train_gpt import GPT, Text, read_text
 
 NORM = {"norm": r"norm"}
 TURN = 100  # micro-batches
+UNSEEN = {"b_simple": math.nan, "low": 0.0, "high": math.inf}  # of a run too short for an interval with two ends
 
 
 class Run:
@@ -95,14 +96,14 @@ class Run:
                 self.random.set_state(torch.get_rng_state())
             (self.compiled(x, y) * (args.micro / batch)).backward()
             self.micros += 1
+        if warm_up == 1 and not self.warm:
+            self.warm = True
+            self.noise.reset()
         self.noise.step(tokens=batch * args.context)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens += batch * args.context
-        if warm_up == 1 and not self.warm:
-            self.warm = True
-            self.noise.reset()
         self.policy.step(tokens=batch * args.context)
 
     def _look(self) -> None:
@@ -148,12 +149,17 @@ def measure(fixed: Run, closed: Run) -> dict[str, float]:
     """What is printed of one seed."""
     records = fixed.records
     known = [r for r in records if math.isfinite(r["high"])]
-    early, late = known[max(len(known) // 10, 1)], known[-1]
+    early, late = (known[max(len(known) // 10, 1)], known[-1]) if len(known) > 1 else (UNSEEN, UNSEEN)
     pairs = [(r["norm"], r["b_simple"]) for r in known if r["norm"] > 0]
-    r, slope = correlation(pairs)
+    r, slope = correlation(pairs) if len(pairs) > 1 else (math.nan, math.nan)
     end = records[-1]
     tokens, seconds = (reached(closed.records, end["loss"], key) for key in ("tokens", "seconds"))
+    start = [
+        UNSEEN,
+        *(r for r in closed.records if r["tokens"] <= closed.args.tokens / 20 and math.isfinite(r["high"])),
+    ][-1]
     return {
+        "B_simple in warm-up, closed loop": start["b_simple"],
         "B_simple, early": early["b_simple"],
         "B_simple, late": late["b_simple"],
         "rise": late["b_simple"] / early["b_simple"],
@@ -161,7 +167,7 @@ def measure(fixed: Run, closed: Run) -> dict[str, float]:
         "log width, late": width(late),
         "r, norm to total": r,
         "slope, norm to total": slope,
-        "median of total / norm": statistics.median(b / a for a, b in pairs),
+        "median of total / norm": statistics.median(b / a for a, b in pairs) if pairs else math.nan,
         "loss, fixed": end["loss"],
         "loss, closed loop": closed.records[-1]["loss"],
         "last batch, closed loop": closed.records[-1]["batch"],
@@ -192,6 +198,17 @@ def table(rows: Sequence[dict[str, float]]) -> str:
         spread = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
         lines.append(f"| {key} | " + " | ".join(f"{value:.3g}" for value in values) + f" | {spread} |")
     return "\n".join(lines)
+
+
+def plain(value: Any) -> Any:
+    """For JSON: six digits, and null for what is no number."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def draw(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
@@ -261,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         records = [{"fixed": f.records, "closed": c.records} for f, c in pairs]
         document = {"settings": settings, "torch": torch.__version__, "rows": rows, "records": records}
-        (args.out / "real_run.json").write_text(json.dumps(document) + "\n")
+        (args.out / "real_run.json").write_text(json.dumps(plain(document), allow_nan=False) + "\n")
         draw(pairs, args.out / "real_run.svg")
     return 0
 

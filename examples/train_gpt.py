@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -260,10 +261,11 @@ def write_step(
 
 
 def noise_table(noise: gnsfx.NoiseScale, context: int) -> Table:
-    table = Table(title=f"Gradient noise scale (an example is a sequence of {context} characters)")
+    title = f"Gradient noise scale in examples; an example is a sequence of {context} characters"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("group")
-    for heading in ("parameters", "B_simple, examples", "95% interval", "tr(Sigma)", "|G|^2", "share of tr(Sigma)"):
-        table.add_column(heading, justify="right")
+    for heading in ("parameters", "B_simple", "95% interval", "tr(Sigma)", "share", "|G|^2"):
+        table.add_column(heading, justify="right", no_wrap=True)
     groups = noise.by_group()
     rows = [(name, stats, sum([stats.elements])) for name, stats in groups.items()]
     for name, stats, elements in [*rows, ("total", noise, sum(elements for *_, elements in rows))]:
@@ -272,11 +274,11 @@ def noise_table(noise: gnsfx.NoiseScale, context: int) -> Table:
         table.add_row(
             name,
             f"{elements:,}",
-            "" if math.isnan(stats.b_simple) else f"{stats.b_simple:,.4g}",
+            f"{stats.b_simple:,.4g}" if stats.interval().bounded else "",
             str(stats.interval()),
             f"{stats.tr_sigma:.3g}",
-            f"{max(stats.g_sq, 0.0):.3g}",
             f"{stats.tr_sigma / noise.tr_sigma:.1%}",
+            f"{max(stats.g_sq, 0.0):.3g}",
         )
     return table
 

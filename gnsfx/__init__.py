@@ -9,6 +9,7 @@ from gnsfx.coverage import coverage
 from gnsfx.errors import GnsError
 from gnsfx.explain import explain
 from gnsfx.marks import mark_batch
+from gnsfx.noise.independence import IndependenceCheck
 from gnsfx.noise.noise_scale import NoiseScale
 from gnsfx.noise.rank_difference import RankDifference
 from gnsfx.passes.rules import register_rule
@@ -20,6 +21,7 @@ __all__ = [
     "BatchSizeController",
     "BatchSizeSchedule",
     "GnsError",
+    "IndependenceCheck",
     "NoiseScale",
     "RankDifference",
     "RunLog",

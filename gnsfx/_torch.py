@@ -99,6 +99,7 @@ __all__ = [
     "options_of",
     "private_graphs",
     "replicating",
+    "scale_of",
     "select_decomp_table",
     "simplified",
     "size_hint",
@@ -125,6 +126,12 @@ def divisible(value: Any, divisor: Any) -> bool:
         return False
     by = divisor.node.expr if isinstance(divisor, torch.SymInt) else divisor
     return _denominator(value.node.expr / by) == 1
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Any:
+    """Its factor on the loss, as a tensor that stays on the device: ``get_scale`` waits for it."""
+    scale = scaler._get_scale_async() if scaler.is_enabled() else None
+    return scaler.get_scale() if scale is None else scale
 
 
 def simplified(size: Any) -> Any:

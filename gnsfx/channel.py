@@ -4,12 +4,13 @@
     all ranks   W, (what it calls, length, step) of every rank,                     sum_r vector_r, W
 
 Every rank gets the same bits. A rank that is at another step, or brings another vector, shows in the header; one that
-does not come at all ends in a time-out. The all-reduce runs in a process group of its own, so that a rank out of step
-cannot meet the gradients of the others.
+does not come at all ends in a time-out; one that has an error of its own sends 0 for the 1s and says so in place of the step. The
+all-reduce runs in a process group of its own, so that a rank out of step cannot meet the gradients of the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 import zlib
 from collections import deque
@@ -25,6 +26,7 @@ from gnsfx._torch import WeakIdKeyDictionary
 from gnsfx.errors import GnsError
 
 SHOWN = 4
+WITHDRAWN = -1  # in place of the step
 _EQUALLY = "Call it equally often and in the same order on all ranks, also on one without examples, with the same trainable parameters."
 
 
@@ -43,6 +45,7 @@ class Channel:
         except RuntimeError as error:
             raise GnsError(self._missing("the first step", timeout)) from error
         self._calls: dict[str, int] = {}
+        self._lost = ""  # why no more sums are possible
         self._capacity = 0  # what all ranks have room for
         self._pending: deque[tuple[Tensor, Any, str]] = deque()
 
@@ -58,11 +61,19 @@ class Channel:
             self._capacity = length
         return self._send(vector, length, what, step, timeout)
 
+    def withdraw(self, what: str, like: Tensor, timeout: float) -> None:
+        """In place of :meth:`sum`, where this rank has an error of its own to raise: the others get one too, at once."""
+        self._calls[what] = self._calls.get(what, 0) + 1
+        with contextlib.suppress(GnsError):
+            self._send(like.new_zeros(0), 0, what, WITHDRAWN, timeout)
+
     def _send(self, vector: Tensor, length: int, what: str, step: int, timeout: float) -> Tensor:
+        if self._lost:
+            raise GnsError(f"{what}: no more sums over these ranks, since an earlier one failed. {self._lost}")
         rows = torch.zeros(3, len(self.ranks), dtype=vector.dtype)
         rows[:, self.rank] = torch.tensor([zlib.crc32(what.encode()) % 2**20, length, step], dtype=vector.dtype)
         header = rows.flatten().to(vector.device, non_blocking=True)
-        one = vector.new_ones(1)
+        one = vector.new_full((1,), float(step != WITHDRAWN))
         payload = torch.cat([one, header, vector, vector.new_zeros(self._capacity - len(vector)), one])
         sent = self.place(payload)
         started = time.monotonic()
@@ -71,10 +82,14 @@ class Channel:
             assert work is not None
             work.wait(timedelta(seconds=timeout)) if sent.device.type == "cpu" else work.wait()
         except RuntimeError as error:
-            raise GnsError(self._missing(f"{what}, step {step}", time.monotonic() - started)) from error
+            self._lost = self._missing(f"{what}, step {step}", time.monotonic() - started)
+            raise GnsError(self._lost) from error
         begin = 1 + len(header)
         self._note(torch.cat([sent[:begin], sent[-1:]]), what)
-        return sent[begin : begin + len(vector)].to(vector.device)
+        found = sent[begin : begin + len(vector)]
+        if found.device.type == "cuda":  # the header is read later; nothing may be made of a sum that lacks a rank
+            found = torch.where(sent[:1] == len(self.ranks), found, torch.nan)
+        return found.to(vector.device)
 
     def place(self, tensor: Tensor) -> Tensor:
         """Where the backend can add it up."""
@@ -109,6 +124,13 @@ class Channel:
 
     def _compare(self, header: Sequence[float], what: str) -> None:
         world = len(self.ranks)
+        steps = header[1 + 2 * world : 1 + 3 * world]
+        if gone := [f"rank {self.ranks[r]}" for r, step in enumerate(steps) if step == WITHDRAWN]:
+            more = ", ..." if len(gone) > SHOWN else ""
+            raise GnsError(
+                f"{what}: {', '.join(gone[:SHOWN])}{more} could not take part and has an error of its own that says why. The step is "
+                "left out; what was measured before is kept."
+            )
         if header[0] != world or header[-1] != world:
             raise GnsError(f"{what}: the ranks brought vectors that do not fit each other. {_EQUALLY}")
         words = "calls something else", "has {:.0f} numbers to add up", "is at step {:.0f}"

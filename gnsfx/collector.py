@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gnsfx._torch import allows_rnn
 from gnsfx.errors import NotMeasuredError
 from gnsfx.leaves import FOREIGN, Collector, collectors_of, left_out, measured_in_part, refused_whole
-from gnsfx.tracked import tracked_of
+from gnsfx.tracked import MEASURED, tracked_of
 
 NOT_COMPILED = "no compiled graph measures it"
 ZEROED = "its gradient is None: no backward pass reached it, or it was zeroed; read before optimizer.zero_grad()"
@@ -59,6 +59,12 @@ class Totals:
         """Start a new step."""
         for collector in self.collectors:
             collector.clear(range(len(collector.parameters)))
+            collector.taken = True
+
+    @property
+    def left_over(self) -> list[Tensor]:
+        """Positive, 0-d, where gradients still held an earlier step when this one began."""
+        return [left for c in self.collectors if (left := getattr(c, "left_over", None)) is not None]
 
 
 def totals(model: nn.Module) -> Totals:
@@ -144,12 +150,13 @@ def _entries(parameter: nn.Parameter) -> tuple[str | None, list[tuple[Collector,
         return known or refused_whole(parameter) or NOT_COMPILED, []
     if not tracked.gradients():
         return ZEROED, []
-    if (reason := left_out(parameter) or measured_in_part(parameter)) is not None:
+    whole = tracked.parts == MEASURED  # asked once: this runs for every parameter in every step
+    if not whole and (reason := left_out(parameter) or measured_in_part(parameter)) is not None:
         return reason, []
     entries = [(c, s) for c, s in tracked.collectors if c.leaf.grad is not None]
     if not entries:
         return (FOREIGN if tracked.foreign else UNREACHED), []
-    if tracked.foreign:
+    if not whole and tracked.foreign:
         return next((r for c, s in entries if (r := c.refused.get(s)) is not None), FOREIGN), []
     for collector, slot in entries:
         reason = collector.refused.get(slot) or collector.graph.refusal_of(slot, collector.leaf.grad)
@@ -194,6 +201,11 @@ def compiled(model: nn.Module) -> list[Collector]:
     return list(dict.fromkeys(found))
 
 
+def zeroed(model: nn.Module) -> bool:
+    """Whether the gradients of a backward pass that was measured are gone."""
+    return any(c.leaf.grad is not None for c in compiled(model)) and all(p.grad is None for p in model.parameters())
+
+
 def diagnose(model: nn.Module) -> str | None:
     """Why there is nothing to read at all, as a sentence that says what to do; None if there is something."""
     collectors = compiled(model)
@@ -203,6 +215,11 @@ def diagnose(model: nn.Module) -> str | None:
     if collectors:
         if any(c.leaf.grad is not None for c in collectors):
             return "the gradients were zeroed after the last backward pass. Read before optimizer.zero_grad(), right after loss.backward()."
+        if any(c.taken for c in collectors) and not zeroed:
+            return (
+                "no backward pass was measured since noise.step() took the last one. Call it once per step, after the last "
+                "loss.backward(); one NoiseScale takes all that a graph measured: for parts of a model, read by_group() of one."
+            )
         if any(c.begun >= 0 for c in collectors):
             return (
                 "a backward pass ran, but left nothing in the collectors: torch.autograd.grad and backward(inputs=...) fill no .grad. "

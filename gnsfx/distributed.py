@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gnsfx._torch import WeakIdKeyDictionary, dtensor_layout, fsdp_groups, is_dtensor, replicating
 from gnsfx.channel import channel_of
-from gnsfx.collector import Totals, index
+from gnsfx.collector import NOT_COMPILED, UNREACHED, Totals, index
 from gnsfx.errors import GnsError, GnsWarning
 from gnsfx.leaves import collectors_of
 from gnsfx.norms import squared_norms
@@ -57,6 +58,19 @@ def all_reduce(
     return channel_of(group, timeout).sum(vector, what, step, timeout)
 
 
+@contextmanager
+def telling_others(group: Any, what: str, device: torch.device) -> Iterator[None]:
+    """Around what a rank does before it calls :func:`all_reduce` with a float64 vector on ``device``: an error there is one on
+    all ranks, at once. Without it the others would wait for the time-out, which ends all sums."""
+    try:
+        yield
+    except Exception:
+        if group is not None:
+            like = torch.zeros((), dtype=torch.float64, device=device)
+            channel_of(group, TIMEOUT).withdraw(what, like, TIMEOUT)
+        raise
+
+
 def broadcast_decision(values: Sequence[float], group: Any, *, timeout: float | None = None) -> list[float]:
     """The numbers of the first rank of ``group``, on all of its ranks. Collective; waits for them.
 
@@ -79,12 +93,14 @@ def grad_sq_shares(grads: Sequence[Tensor], group: Any) -> Tensor:
         plain tensor, the same on all W ranks      |g|^2 / W
         DTensor on a mesh of M ranks, R replicas   |local shard|^2 * M / (R W)
 
+    Without a group W = 1: the step is one of this rank alone.
+
     In float32 at least; no host synchronisation, no kernel per gradient.
 
     Raises:
         GnsError: a DTensor that is a sum still to be taken.
     """
-    world = dist.get_world_size(group)
+    world = 1 if group is None else dist.get_world_size(group)
     locals_, factors = [], []
     for grad in grads:
         local, ranks, replicas = dtensor_layout(grad)
@@ -160,6 +176,22 @@ def only_averaged(found: Totals, model: nn.Module) -> Totals:
     return replace(found, refusals=refusals, values=values)
 
 
+def with_untouched(found: Totals) -> Totals:
+    """The same, where a parameter that no code of this rank has used since its last step is unreached: its gradient is of the
+    other ranks. It is watched from the first step in which no compiled graph has it, and not yet known in that one."""
+    refusals = list(found.refusals)
+    for i, (parameter, reason) in enumerate(zip(found.parameters, refusals, strict=True)):
+        if reason != NOT_COMPILED or parameter.grad is None or is_dtensor(parameter):
+            continue
+        if parameter not in _touched:
+            _touched[parameter] = touched = [True]
+            parameter.register_hook(lambda _, touched=touched: touched.__setitem__(0, True))
+        if not _touched[parameter][0]:
+            refusals[i] = UNREACHED
+        _touched[parameter][0] = False
+    return replace(found, refusals=refusals)
+
+
 def _wrappers(model: nn.Module) -> Iterator[DistributedDataParallel]:
     """Of the modules of ``model``, or that ran its graphs."""
     found: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, DistributedDataParallel)}
@@ -183,6 +215,7 @@ def _group_of_mesh(mesh: Any) -> Any:
 
 _groups: Any = WeakIdKeyDictionary()  # model -> group
 _told: Any = WeakIdKeyDictionary()
+_touched: Any = WeakIdKeyDictionary()  # parameter -> [whether a gradient came to it since the last step]
 _constants: dict[Any, Tensor] = {}
 
 

@@ -24,6 +24,7 @@ from gnsfx._torch import (
     current_backward,
     detect_fake_mode,
     fsdp_parameter,
+    is_dtensor,
     is_fsdp1,
     never_trace,
 )
@@ -89,6 +90,10 @@ class Collector:
         self.refused: dict[int, str] = {}
         self.moved: str | None = None  # why the examples were elsewhere than the graph takes them to be
         self.epoch = 0  # counts how often everything was zeroed
+        self.taken = False  # what it held was taken as a step, and no backward has left anything since
+        # Size of the gradient that the step began with, 0-d: that of an earlier step if not 0.
+        self.left_over: Tensor | None = None
+        self._found: Tensor | None = None
         self.begun = -1  # the backward that last ran through the graph
         self.accumulated = -1  # the backward that last left something in the leaf
         self._backwards: list[tuple[int, int | None]] = []  # since everything was zeroed, with the number of examples
@@ -162,8 +167,21 @@ class Collector:
             collector.clear(slots)
         if suspects:
             self._clear_zeroed(suspects)
+        self._found = self._first_gradient() if self.taken else None
         if any(tracked.fsdp is not None for tracked in self.tracked):
             after_backward(self.settle)
+
+    def _first_gradient(self) -> Tensor | None:
+        """The largest number in the first gradient that is there and not from another graph in this step: one tells whether
+        all were zeroed."""
+        for slot, parameter, others in self._live():
+            grad = parameter.grad
+            if grad is None or grad.layout is not torch.strided or not all(c.taken for c, _ in others):
+                continue
+            if self.tracked[slot].parts != MEASURED:  # another pass of this step, that did not measure it
+                continue
+            return None if is_dtensor(grad) else torch.linalg.vector_norm(grad.detach(), float("inf"))
+        return None
 
     def settle(self) -> None:
         """Under FSDP gradients are reduced behind autograd's back, until the backward ends."""
@@ -232,6 +250,8 @@ class Collector:
     def end(self) -> None:
         """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
         self.accumulated = self.begun
+        if self.taken:
+            self.left_over, self.taken = self._found, False
         if self._unowned:
             self._refuse_unowned()
         again = any(call.used and call.epoch == self.epoch for call in self._calls)
@@ -283,7 +303,7 @@ class Collector:
                 self.refused.pop(slot, None)
         if len(slots) >= len(self.parameters):
             self.epoch += 1
-            self.leaf.grad = self.moved = None
+            self.leaf.grad = self.moved = self.left_over = None
             if self.entries is not None:
                 self.entries.grad = None
             self.per_example.clear()
@@ -499,10 +519,17 @@ _refused: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
 _left_out: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
 
 
+def _as_the_model_knows(parameter: nn.Parameter) -> nn.Parameter:
+    """Under FSDP a graph gets a stand-in."""
+    stands_in = fsdp_parameter(parameter)
+    return parameter if stands_in is None else stands_in.sharded
+
+
 def leave_out(parameter: nn.Parameter, reason: str) -> None:
     """Remember that a graph saw a parameter and was told not to measure it."""
-    key, forget = id(parameter), _left_out.pop  # the module's globals are gone when the interpreter ends
-    _left_out[key] = weakref.ref(parameter, lambda _: forget(key, None)), reason
+    owner = _as_the_model_knows(parameter)
+    key, forget = id(owner), _left_out.pop  # the module's globals are gone when the interpreter ends
+    _left_out[key] = weakref.ref(owner, lambda _: forget(key, None)), reason
 
 
 def left_out(parameter: nn.Parameter) -> str | None:
@@ -515,8 +542,7 @@ def left_out(parameter: nn.Parameter) -> str | None:
 
 def refuse_whole(parameter: nn.Parameter, reason: str) -> None:
     """Remember why a graph that saw a parameter cannot measure it."""
-    stands_in = fsdp_parameter(parameter)
-    owner = parameter if stands_in is None else stands_in.sharded
+    owner = _as_the_model_knows(parameter)
     key, forget = id(owner), _refused.pop
     if key not in _refused:
         _refused[key] = weakref.ref(owner, lambda _: forget(key, None)), reason

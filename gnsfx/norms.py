@@ -18,6 +18,7 @@ _BLOCK = 1024
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """[n], one number per tensor; float64 if any of them is. Complex numbers by their absolute values."""
+    tensors = [t.coalesce().values() if t.layout is torch.sparse_coo else t for t in tensors]
     tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     long = [i for i, t in enumerate(tensors) if t.device.type == "cpu" and t.numel() > _LONG]

@@ -99,7 +99,8 @@ class Tracked:
             return 0
         ((address, version),), (arrived, first, before) = now, self._landed
         if before is None:
-            return version - first if address == arrived else version  # taken over as it came, or copied
+            # Taken over as it came; or copied into a new tensor (other strides, or still in use elsewhere), which is a write.
+            return version - first if address == arrived else max(version - 1, 0)
         return max(version - before[0][1] - 1, 0) if before[0][0] == address else 0
 
     def owner(self) -> nn.Parameter | None:

@@ -65,6 +65,7 @@ def test_public_names(tmp_path):
         "BatchSizeController": "ABCMeta",
         "BatchSizeSchedule": "ABCMeta",
         "GnsError": "type",
+        "IndependenceCheck": "type",
         "NoiseScale": "type",
         "RankDifference": "type",
         "RunLog": "type",

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from gnsfx.batch_size.coupling import LearningRate
 from gnsfx.batch_size.decision import Rules, decide
 from gnsfx.batch_size.policy import BatchPolicy, Decision
-from gnsfx.batch_size.step_time import StepTime, StepTimes
+from gnsfx.batch_size.step_time import StepTime, StepTimes, given
 from gnsfx.batch_size.unit import BatchUnit
 from gnsfx.errors import GnsWarning, OptionError
 from gnsfx.noise.intervals import UNKNOWN, Interval
@@ -104,6 +104,7 @@ class BatchSizeController(BatchPolicy):
         lr: LearningRate = "sqrt",
         beta2: bool = True,
     ) -> None:
+        _check(hasattr(noise, "b_simple"), "noise", noise, "a gnsfx.NoiseScale")
         self.noise = noise
         unit = BatchUnit.of(micro_batch, world_size, self._group)
         self._world_size_is_given = world_size is not None
@@ -120,23 +121,20 @@ class BatchSizeController(BatchPolicy):
         _check(period >= 1, "period", period, "a number of steps from 1 on")
         for name, value in (("warm_up", warm_up), ("min_steps", min_steps), ("min_examples", min_examples)):
             _check(value >= 0, name, value, "a number from 0 on")
-        known = step_time is None or (step_time[0] >= 0 and step_time[1] > 0)
-        _check(known, "step_time", step_time, "t0 >= 0 in seconds and t1 > 0 in seconds per example")
         super().__init__(unit, low if start is None else start, lr, beta2)
         self._rules = Rules(unit, low, high, hysteresis, max_factor, shrink)
         self._target, self._ratio, self._level = target, ratio, level
         self._period, self._warm_up, self._min_steps, self._min_examples = period, warm_up, min_steps, min_examples
-        self._known_time = step_time
+        self._known_time = None if step_time is None else given(step_time)
         self._times = StepTimes()
         self._blind_looks = 0
+        self._last_look: tuple[int, ...] | None = None  # steps and examples of the noise scale, and of this object
+        self._compared = False
 
     @property
     def step_time(self) -> StepTime | str:
         """t0 + t1 B of the steps of this rank so far; or why it is not known."""
-        if self._known_time is None:
-            return self._times.fit()
-        t0, t1 = self._known_time
-        return StepTime(t0, t1, Interval(t0 / t1, t0 / t1))
+        return self._times.fit() if self._known_time is None else self._known_time
 
     @property
     def _group(self) -> Any:
@@ -158,6 +156,7 @@ class BatchSizeController(BatchPolicy):
         if self.steps < self._warm_up or self.steps % self._period or too_soon:
             return None
         b_simple, interval, step_time = self._agreed()
+        self._compare_examples()
         wanted, because = self._wanted(b_simple, interval, step_time)
         self._blind_looks = 0 if interval.detected else self._blind_looks + 1
         if self._blind_looks == _PATIENCE:
@@ -165,6 +164,26 @@ class BatchSizeController(BatchPolicy):
                 f"{because} in {_PATIENCE} looks: the batch stays {self.batch_size}.", GnsWarning, stacklevel=3
             )
         return decide(self.batch_size, wanted, because, self._rules)
+
+    def _compare_examples(self) -> None:
+        """Warn once if the noise scale saw steps of another size than this object counts."""
+        look = (self.noise.steps - self.noise.skipped, self.noise.examples, self.steps, self.examples)
+        before, self._last_look = self._last_look, look
+        seen_steps, seen, steps, examples = (a - b for a, b in zip(look, before or look, strict=True))
+        if (
+            self._compared
+            or min(seen_steps, steps, examples) <= 0
+            or 0.9 < seen / seen_steps / (examples / steps) < 1.1
+        ):
+            return
+        self._compared = True
+        warnings.warn(
+            f"noise.step() saw {seen / seen_steps:.4g} examples per step, where this controller counts {examples / steps:.4g}: "
+            f"does each rank run controller.accumulation micro-batches of {self.unit.micro_batch} examples per step? Tell a "
+            "step of another size, step(examples=...); packed documents are an example each.",
+            GnsWarning,
+            stacklevel=4,
+        )
 
     def _agreed(self) -> tuple[float, Interval, StepTime | None]:
         """What the decision rests on, the same on all ranks: what rank 0 reads and measures."""
@@ -207,7 +226,7 @@ class BatchSizeController(BatchPolicy):
     def _nothing_known(self) -> str:
         steps, skipped = self.noise.steps, self.noise.skipped
         if not steps:
-            return "B_simple was not measured: noise.step() was never called"
+            return "B_simple was not measured: noise.step() was not called since the start or the last reset()"
         if skipped >= steps:
             return f"B_simple was not measured: all {steps} steps were skipped as not finite"
         return f"B_simple is not yet detected after {self.noise.examples:,} examples"

@@ -16,6 +16,8 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +114,7 @@ class RunLog:
         """One line.
 
         Args:
-            step: steps done before this one.
+            step: steps done before this one; read_log puts lines in order by it.
             noise: averages and interval are written.
             measured: what ``noise.step()`` returned: the pair of this step.
             policy: schedule or controller, after its ``step()``: its changes since the last line are written, and
@@ -122,8 +124,10 @@ class RunLog:
             scalars: anything else: numbers, texts, lists of these. A tensor of one number is one.
 
         Raises:
-            OptionError: a scalar that JSON cannot hold, by name.
+            OptionError: a scalar that JSON cannot hold, by name; or a step that is no whole number.
         """
+        if isinstance(step, bool) or not isinstance(step, Integral):
+            raise OptionError(f"RunLog.write(step={step!r}): expected a whole number, the steps done before this one.")
         changes = policy.changes[self._logged_changes :] if policy is not None else []
         if policy is not None:
             examples = policy.examples if examples is None else examples
@@ -154,7 +158,7 @@ class RunLog:
             record["pair"] = pair | {"freedom": getattr(measured, "freedom", max(measured.examples - 1, 0))}
         if changes:
             record["changes"] = [dataclasses.asdict(change) for change in changes]
-        if taken := record.keys() & scalars:
+        if taken := scalars.keys() & {*record, "pair", "changes"}:
             raise OptionError(f"RunLog.write: {', '.join(sorted(taken))} is written already; use another name.")
         self._put(record | scalars)
         self._last, self._logged_changes = (step, now), self._logged_changes + len(changes)
@@ -181,14 +185,20 @@ class Run:
 
     @property
     def stages(self) -> list[Stage]:
-        """The batch sizes of the run, for :mod:`gnsfx.batch_size.export`."""
-        if not self.steps:
+        """The batch sizes of the run, for :mod:`gnsfx.batch_size.export`; from its lines where it had no policy."""
+        lines = [record for record in self.steps if record.get("batch_size")]
+        if not lines:
             return []
-        changes = self.changes
-        first = changes[0].before if changes else self.steps[0]["batch_size"]
-        counts_tokens = self.steps[0].get("tokens") is not None
-        start = Stage(first, 0, 0, 0 if counts_tokens else None)
-        return [start, *(Stage(change.after, change.step, change.examples, change.tokens) for change in changes)]
+        first, later = lines[0]["batch_size"], []
+        if changes := self.changes:
+            first = changes[0].before
+            later = [Stage(change.after, change.step, change.examples, change.tokens) for change in changes]
+        else:
+            for before, now in pairwise(lines):
+                if now["batch_size"] != before["batch_size"]:
+                    begin = before["step"] + 1, before.get("examples"), before.get("tokens")
+                    later.append(Stage(now["batch_size"], *begin))
+        return [Stage(first, 0, 0, 0 if lines[0].get("tokens") is not None else None), *later]
 
 
 def read_log(path: str | Path) -> Run:
@@ -263,10 +273,12 @@ def _plain(value: Any, name: str) -> Any:
     """As JSON holds it: NaN and infinity are null."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):  # also those of numpy
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):

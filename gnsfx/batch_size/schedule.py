@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from gnsfx.batch_size.coupling import LearningRate
 from gnsfx.batch_size.policy import BatchPolicy, Decision, Stage
 from gnsfx.batch_size.unit import BatchUnit
-from gnsfx.errors import OptionError
+from gnsfx.errors import OptionError, StateError
 
 Table = Iterable[tuple[float, int]]
 
@@ -152,6 +152,10 @@ class BatchSizeSchedule(BatchPolicy):
         if self.counts == "tokens" and tokens is None:
             raise OptionError("step(): this schedule counts tokens; give those of this step, step(tokens=...).")
 
+    def _load_extra(self, state: Mapping[str, Any]) -> None:
+        if self.counts == "tokens" and state["steps"] and state["tokens"] is None:
+            raise StateError("this schedule counts tokens, and the state is of a run that did not count them.")
+
     def _decide(self) -> Decision:
         position = self.tokens if self.counts == "tokens" else self.examples
         assert position is not None
@@ -175,8 +179,9 @@ def _one_of(tokens: Any, examples: Any) -> tuple[str, Any]:
 
 def _points(table: Table, by: str) -> list[tuple[float, int]]:
     pairs = [*table]
-    positions = [at for at, _ in pairs]
+    are_pairs = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
+    positions = [pair[0] for pair in pairs] if are_pairs else []
     in_order = all(a < b for a, b in pairwise(positions))
-    if not pairs or not in_order or not 0 <= positions[0] or not math.isfinite(positions[-1]):
+    if not positions or not in_order or not 0 <= positions[0] or not math.isfinite(positions[-1]):
         raise OptionError(f"{by}={pairs!r}: expected pairs ({by}, batch size), {by} rising from 0 or more.")
     return pairs

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import NamedTuple
 
+from gnsfx.errors import OptionError
 from gnsfx.noise.intervals import Interval
 
 _KEPT = 64  # the latest steps of each batch size
@@ -31,6 +32,18 @@ class StepTime(NamedTuple):
     def seconds(self, batch_size: float) -> float:
         """Of one step."""
         return self.t0 + self.t1 * batch_size
+
+
+def given(step_time: tuple[float, float]) -> StepTime:
+    """That of known (t0, t1).
+
+    Raises:
+        OptionError: not t0 >= 0 and t1 > 0.
+    """
+    t0, t1 = step_time
+    if not (0 <= t0 < math.inf and 0 < t1 < math.inf):
+        raise OptionError(f"step_time={step_time!r}: expected t0 >= 0 in seconds and t1 > 0 in seconds per example.")
+    return StepTime(t0, t1, Interval(t0 / t1, t0 / t1))
 
 
 class StepTimes:

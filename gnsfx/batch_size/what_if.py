@@ -33,9 +33,9 @@ from gnsfx.batch_size.controller import BatchSizeController, NoiseReading
 from gnsfx.batch_size.policy import BatchPolicy
 from gnsfx.batch_size.run_log import Run, read_log
 from gnsfx.batch_size.schedule import BatchSizeSchedule
-from gnsfx.batch_size.step_time import StepTime, StepTimes
+from gnsfx.batch_size.step_time import StepTime, StepTimes, given
 from gnsfx.errors import GnsError, OptionError, StateError
-from gnsfx.noise.intervals import Interval
+from gnsfx.noise.intervals import UNKNOWN, Interval
 
 Policy = int | BatchPolicy | Callable[[NoiseReading], BatchPolicy]
 
@@ -89,7 +89,7 @@ class RecordedNoise:
         """Of the level that was recorded, whatever ``level``."""
         knot = self._knot
         if math.isnan(knot.low):
-            return Interval(0.0, math.inf)
+            return UNKNOWN
         return Interval(knot.low, math.inf if math.isnan(knot.high) else knot.high)
 
     def take(self, batch_size: int) -> None:
@@ -222,6 +222,8 @@ def _simulate(
 
 def _actor(policy: Policy, noise: RecordedNoise) -> BatchPolicy:
     if isinstance(policy, int):
+        if policy < 1:
+            raise OptionError(f"a fixed batch size of {policy}: expected a positive number of examples.")
         return BatchSizeSchedule(examples=[(0, policy)], micro_batch=policy, world_size=1)
     if isinstance(policy, BatchSizeSchedule):
         return policy.fresh()
@@ -234,8 +236,7 @@ def _actor(policy: Policy, noise: RecordedNoise) -> BatchPolicy:
 
 def _step_time(run: Run, known: tuple[float, float] | None) -> StepTime | None:
     if known is not None:
-        t0, t1 = known
-        return StepTime(t0, t1, Interval(t0 / t1, t0 / t1))
+        return given(known)
     times = StepTimes()
     for record in run.steps:
         if record.get("batch_size") and record.get("seconds"):

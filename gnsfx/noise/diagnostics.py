@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gnsfx.noise.intervals import UNKNOWN, Estimate, ratio_interval
+from gnsfx.noise.intervals import MIN_STEPS, UNKNOWN, Estimate, ratio_interval
 from gnsfx.noise.tracking import Counts
 
 NOTES = frozenset({"moved"})  # worth knowing, but nothing is wrong: shown in summaries, no warning
 # |G|^2 cannot be negative; its estimate is below zero by so many standard errors once in 30,000 readings.
 _IMPOSSIBLE = 4.0
 _OUTWEIGHED = 3.0
+_SOON = 20  # steps after which a memory of so few is no longer the beginning
 _LEVEL = 0.999
 
 
@@ -24,13 +25,15 @@ class Findings:
     """Host numbers of one reading.
 
     total, recent: averages of the whole model, with the memory that was asked for and with a shorter one.
-    modified: ``p.grad`` was written to after backward. drift: what is to be said of a prediction.
+    modified: ``p.grad`` was written to after backward. predicted: the total comes from the norm layers; drift: what is to be
+    said of that.
     """
 
     counts: Counts = field(default_factory=Counts)
     total: Estimate | None = None
     recent: Estimate | None = None
     modified: bool = False
+    predicted: bool = False
     drift: str | None = None
 
 
@@ -63,6 +66,12 @@ def messages(found: Findings) -> Iterator[tuple[str, str]]:
             f"in {counts.misweighted:.0f} of {steps} the weights were not as many as the examples or did not add up to "
             "the tokens, so the step was left out. Give one weight per example: the number of its tokens in the loss.",
         )
+    if counts.left_over:
+        yield (
+            "left over",
+            f"in {counts.left_over:.0f} of {steps} p.grad still held gradients of an earlier noise.step(), so the step was left "
+            "out. Call zero_grad() after every noise.step(), and noise.step() once for all micro-batches, after the last.",
+        )
     if counts.too_large:
         yield (
             "inconsistent",
@@ -75,7 +84,7 @@ def messages(found: Findings) -> Iterator[tuple[str, str]]:
             "modified",
             "p.grad was changed between backward and noise.step(), so the contributions of the examples no longer add up to "
             "it. Call noise.step() before gradients are clipped; after scaler.unscale_(optimizer), pass "
-            "loss_scale=scaler.get_scale().",
+            "loss_scale=scaler.",
         )
     elif found.total is not None and _impossible(found.total):
         yield (
@@ -85,10 +94,20 @@ def messages(found: Findings) -> Iterator[tuple[str, str]]:
             "loss was scaled and p.grad is not any more; or the examples of a batch are not independent (drawn in "
             "opposite pairs, or evenly over classes).",
         )
+    if found.total is not None and not found.predicted and _forgetful(found.total, counts):
+        yield (
+            "memory",
+            f"the averages of the noise scale are worth {found.total.n_eff:.2g} steps, too few for an interval: their memory is "
+            "short for steps of this size. Give NoiseScale a half_life of 20 steps or more, in examples.",
+        )
     if found.drift is not None:
         yield "drift", found.drift
     if found.total is not None and found.recent is not None and (moved := _moved(found.total, found.recent)):
         yield "moved", moved
+
+
+def _forgetful(total: Estimate, counts: Counts) -> bool:
+    return counts.steps - counts.skipped - counts.too_few - counts.misweighted >= _SOON and 0 < total.n_eff < MIN_STEPS
 
 
 def _impossible(total: Estimate) -> bool:

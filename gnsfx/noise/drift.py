@@ -23,7 +23,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from gnsfx.noise.intervals import UNKNOWN, Interval, t_quantile
+from gnsfx.noise.intervals import UNKNOWN, Interval, check_level, t_quantile
 
 FALSE_ALARMS = 0.01  # per run, whatever its length
 WINDOWS = (1, 2, 4, 8, 16, 32)
@@ -107,6 +107,7 @@ class Drift:
 
 def around(log: float, variance: float, freedom: float, level: float) -> Interval:
     """exp of the interval of a logarithm."""
+    check_level(level)
     if not (freedom > 0 and math.isfinite(log) and variance >= 0 and math.isfinite(variance)):
         return UNKNOWN
     margin = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)

@@ -15,7 +15,8 @@ V, so its ratio saturates at the batch size. The c_b are what enters g, so a mea
 loss, or under a loss scale, both estimates are larger by one factor, and B_simple is the same.
 
 Weights of a step with gradient accumulation over A backward passes (of all ranks): each is the mean of its own b_m
-examples and all count the same, so w = 1 / (A b_m) and 1/W2 = A^2 / sum_m 1/b_m, which is A b_m for equal passes.
+examples and all count the same, so w = 1 / (A b_m) and 1/W2 = A^2 / sum_m 1/b_m, which is A b_m for equal passes. Where the
+ranks have different numbers A_r of passes, each divides by its own, and a pass counts 1/A_r in A and 1/A_r^2 in the sum.
 
 Steps are averaged numerator and denominator apart, never the ratio (``gnsfx.noise.series``), and count by their degrees of
 freedom f = 1/W2 - 1, as variances are pooled.

@@ -107,7 +107,7 @@ class FullSteps:
 
     def step(self, norm: Tensor, total: Tensor | None, decay: Tensor | float) -> None:
         """Take in a step; arguments as for :func:`gnsfx.noise.predict.step`. No host synchronisation."""
-        state = predict.empty(norm) if self._state is None else self._state.to(norm.device)
+        state = predict.empty(norm) if self._state is None else self._state.to(norm)
         self._state = predict.step(state, norm, total, decay, self.memory)
         if total is not None:
             self._full += 1
@@ -136,18 +136,22 @@ class FullSteps:
             "row": None if self._state is None else self._state.clone(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``; ``every`` stays that of this object.
+    def load_state_dict(self, state: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> None:
+        """Go on from ``state_dict()``; ``every`` stays that of this object. ``renamed``: names in it to names in the model.
 
         Raises:
-            StateError: something is missing, or the row has another length. What is there stays as it is.
+            StateError: something is missing or unknown, or the row has another length. What is there stays as it is.
         """
         expected = {"names", "steps", "full", "looks", "row"}
         if missing := sorted(expected - set(state)):
             raise StateError(f"the state of the prediction lacks {', '.join(missing)}.")
         row = state["row"]
-        if row is not None and row.shape != (predict.LENGTH,):
-            raise StateError(f"the state of the prediction has {list(row.shape)} numbers, not {predict.LENGTH}.")
-        self.names = frozenset(state["names"]) or None
+        if row is not None and getattr(row, "shape", None) != (predict.LENGTH,):
+            raise StateError(f"the state of the prediction is damaged: its row is not {predict.LENGTH} numbers.")
+        if renamed is not None and (unknown := sorted(set(state["names"]) - set(renamed))):
+            raise StateError(
+                f"the state of the prediction is that of another model: it has no {', '.join(unknown[:3])}."
+            )
+        self.names = frozenset(name if renamed is None else renamed[name] for name in state["names"]) or None
         self._steps, self._full, self._looks = state["steps"], state["full"], state["looks"]
         self._state = None if row is None else row.clone()

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ from gnsfx.errors import OptionError
 from gnsfx.noise import estimators, intervals
 from gnsfx.noise.intervals import Estimate, Interval
 
-Grouping = str | Mapping[str, str | Iterable[str]] | Callable[..., Hashable | None]
+Grouping = str | Mapping[str, str | re.Pattern[str] | Iterable[str]] | Callable[..., Hashable | None]
 KINDS = ("module type", "layer")
 
 
@@ -42,7 +43,7 @@ class GroupStats:
 
     @property
     def b_simple(self) -> float:
-        """tr(Sigma) / |G|^2, in examples; NaN while |G|^2 is not detected."""
+        """tr(Sigma) / |G|^2, in examples; NaN while ``g_sq`` is not positive."""
         return estimators.noise_scale(self.tr_sigma, self.g_sq)
 
     def interval(self, level: float = 0.95) -> Interval:
@@ -80,10 +81,7 @@ def group_function(grouping: Grouping, model: nn.Module) -> Callable[[str, nn.Pa
     if grouping == "layer":
         return lambda name, parameter: name.rpartition(".")[0] or name
     if isinstance(grouping, Mapping):
-        patterns = {
-            group: re.compile(match).search if isinstance(match, str) else frozenset(match).__contains__
-            for group, match in grouping.items()
-        }
+        patterns = {group: _matching(match) for group, match in grouping.items()}
         return lambda name, parameter: next((group for group, match in patterns.items() if match(name)), "other")
     if callable(grouping):
         try:
@@ -97,9 +95,20 @@ def group_function(grouping: Grouping, model: nn.Module) -> Callable[[str, nn.Pa
     )
 
 
+def _matching(match: str | re.Pattern[str] | Iterable[str]) -> Callable[[str], Any]:
+    if isinstance(match, str | re.Pattern):
+        try:
+            return re.compile(match).search
+        except re.error as error:
+            raise OptionError(f"groups: {match!r} is no regular expression: {error}.") from error
+    if isinstance(match, Iterable):
+        return frozenset(match).__contains__
+    raise OptionError(f"groups: {match!r}: expected a regular expression or a collection of names of parameters.")
+
+
 def in_order(grouping: Grouping, members: Mapping[str, GroupStats]) -> dict[str, GroupStats]:
     """The groups in the order that the caller named them."""
-    order = [*grouping, "other"] if isinstance(grouping, Mapping) else members
+    order = [*map(str, grouping), "other"] if isinstance(grouping, Mapping) else members
     return {group: members[group] for group in order if group in members}
 
 
@@ -107,7 +116,7 @@ def describe(stats: GroupStats) -> str:
     """Noise scale with its interval and what it is made of, for a line of text."""
     if not stats.parameters:
         return "nothing measured yet"
-    return f"b_simple={show(stats)}, tr_sigma={stats.tr_sigma:.3g}, g_sq={max(stats.g_sq, 0.0):.3g}"
+    return f"b_simple={show(stats)}, tr_sigma={_size(stats.tr_sigma)}, g_sq={_size(stats.g_sq)}"
 
 
 def show(stats: GroupStats) -> str:
@@ -118,10 +127,15 @@ def show(stats: GroupStats) -> str:
     return f"{interval} examples" if interval.detected else str(interval)
 
 
-def table(rows: Mapping[str, GroupStats]) -> str:
+def _size(number: float) -> str:
+    """Of what cannot be negative: an unbiased estimate below zero says that it is small."""
+    return f"{max(number, 0.0):.3g}" if math.isfinite(number) else "?"
+
+
+def table(rows: Iterable[tuple[str, GroupStats]]) -> str:
     """One line per group."""
     lines = [f"{'':24}{'numbers':>12}{'B_simple':>10}  {'95% interval':18}{'tr(Sigma)':>11}{'|G|^2':>11}"]
-    for group, stats in rows.items():
+    for group, stats in rows:
         lines.append(f"{group:24.24}{stats.elements:>12,}{_columns(stats)}")
     return "\n".join(lines)
 
@@ -131,4 +145,4 @@ def _columns(stats: GroupStats) -> str:
         return f"{'':>10}  not measured"
     interval = stats.interval()
     value = f"{stats.b_simple:.4g}" if interval.bounded and not math.isnan(stats.b_simple) else ""
-    return f"{value:>10}  {interval!s:18}{stats.tr_sigma:>11.3g}{max(stats.g_sq, 0.0):>11.3g}"
+    return f"{value:>10}  {interval!s:18}{_size(stats.tr_sigma):>11}{_size(stats.g_sq):>11}"

@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
+from gnsfx.errors import OptionError
+
 MIN_STEPS = 3.0  # effective; with fewer the variance itself is not known
 
 _NORMAL = NormalDist()
@@ -63,6 +65,12 @@ class Interval(NamedTuple):
 
 
 UNKNOWN = Interval(0.0, math.inf)
+
+
+def check_level(level: float) -> None:
+    """Raises OptionError."""
+    if not 0 < level < 1:
+        raise OptionError(f"interval(level={level!r}): expected a number between 0 and 1, such as 0.95.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,7 @@ def of_sum(estimates: Iterable[Estimate], level: float = 0.95) -> Interval:
 
     sd(sum_p (S_p - R G_p)) <= sum_p sd(S_p - R G_p) by Cauchy-Schwarz, whatever the covariance. Exact for one part.
     """
+    check_level(level)
     parts = list(estimates)
     tr_sigma, g_sq = (math.fsum(getattr(part, name) for part in parts) for name in ("tr_sigma", "g_sq"))
     n_eff = min((part.n_eff for part in parts), default=0.0)
@@ -152,6 +161,7 @@ def one_step(
     answers lower bounds) to 100% of steps. A tail that the few examples of a small step do not show is not covered. Where
     |h_b - G| is constant (unit-sphere noise, normalised gradients), v is too small and the interval too narrow.
     """
+    check_level(level)
     weights = [1.0] * len(sq_norms) if weights is None else weights
     counted = [(sq_norm, w) for sq_norm, w in zip(sq_norms, weights, strict=True) if w]
     q, total = math.fsum(sq_norm for sq_norm, _ in counted), math.fsum(w for _, w in counted)

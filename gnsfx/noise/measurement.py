@@ -31,6 +31,11 @@ class StepMeasurement:
         return self._values
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """tr(Sigma) and the degrees of freedom, 0-d on the device, and a tensor like them."""
+        return self._total[0], self._total[2], self._total
+
+    @property
     def tr_sigma(self) -> float:
         """tr(Sigma) from this step alone; NaN if it could not be used (fewer than two examples, or not finite)."""
         return self._read()[0]

@@ -1,7 +1,5 @@
 """Decayed averages of a vector x_t of d numbers per step, with the covariance of the averages, in one row of numbers.
 
-The sums of :mod:`gnsfx.noise.series`, for d numbers that belong together:
-
     row = mean [d], M [d, d], W, D, E        W = sum c f    D = sum c    E = sum c^2 f
     mean = sum c f x / W                     M = sum c f (x - mean)(x - mean)'
     Var(mean) ~ (M / W) / (n_eff - 1)        n_eff = D W / E, how many steps the average is worth
@@ -37,26 +35,36 @@ def length(d: int) -> int:
 
 
 def one(values: Tensor, freedom: Tensor) -> Tensor:
-    """The row of one step: values [d], freedom 0-d. Where ``freedom`` is not positive it is empty, whatever the values."""
+    """The row of one step: values [d], freedom 0-d. Where ``freedom`` is not positive it is empty, whatever the values.
+
+    Columns side by side, values [d, K] and freedom [K], give K rows as columns.
+    """
     used = freedom > 0
-    d = values.shape[0]
+    d, *columns = values.shape
     freedom = torch.where(used, freedom, 0).to(values.dtype)
     sums = torch.stack([freedom, used.to(values.dtype), freedom])
-    return torch.cat([torch.where(used, values, 0), values.new_zeros(d * d), sums])
+    return torch.cat([torch.where(used, values, 0), values.new_zeros(d * d, *columns), sums])
 
 
 def join(older: Tensor, newer: Tensor, decay: Tensor | float = 1.0) -> Tensor:
-    """The row of the steps of both; those of ``older`` count less by the factor ``decay``. Launches device work only."""
+    """The row of the steps of both; those of ``older`` count less by the factor ``decay``. Launches device work only.
+
+    Or of columns of such rows, with a decay for all or for each.
+    """
     d = _dimensions(older)
-    squares = older[-1] * decay * decay
-    older = torch.cat([older[:d], older[d:] * decay])
-    whole = older[-3] + newer[-3]
+    mass = older[-3] * decay
+    whole = mass + newer[-3]
     share = torch.where(whole > 0, newer[-3] / whole, 0)
-    delta = torch.where(older[-3] > 0, newer[:d] - older[:d], 0)
-    between = older[-3] * share * torch.outer(delta, delta)
-    mean = torch.where(older[-3] > 0, older[:d] + share * delta, newer[:d])
+    delta = newer[:d] - older[:d]
+    between = mass * share * (delta[:, None] * delta[None])
     return torch.cat(
-        [mean, older[d:-3] + newer[d:-3] + between.flatten(), older[-3:-1] + newer[-3:-1], (squares + newer[-1])[None]]
+        [
+            older[:d] + share * delta,
+            older[d:-3] * decay + newer[d:-3] + between.flatten(0, 1),
+            whole[None],
+            older[-2:-1] * decay + newer[-2:-1],
+            older[-1:] * decay * decay + newer[-1:],
+        ]
     )
 
 

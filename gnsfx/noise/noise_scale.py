@@ -22,18 +22,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnsfx import collector, distributed
+from gnsfx._torch import scale_of
 from gnsfx.errors import GnsWarning, NotMeasuredError, OptionError
 from gnsfx.noise import saved
 from gnsfx.noise.diagnostics import NOTES, list_reasons, messages
 from gnsfx.noise.full_steps import FullSteps
-from gnsfx.noise.gather import Weights, device_of, gather, is_idle
+from gnsfx.noise.gather import CALL, Weights, device_of, gather, is_idle
 from gnsfx.noise.groups import KINDS, Grouping, GroupStats, describe, group_function, in_order, table, total
-from gnsfx.noise.intervals import Interval
+from gnsfx.noise.intervals import Interval, check_level
 from gnsfx.noise.measurement import StepMeasurement, per_example, weights_of
 from gnsfx.noise.optimizer_noise import OptimizerNoise, OptimizerStats
 from gnsfx.noise.predict import Prediction
 from gnsfx.noise.reading import Host, Reading, read
-from gnsfx.noise.tracking import TOTAL, Tracked, columns_of, stats_of
+from gnsfx.noise.tracking import LEAST_DECAY, TOTAL, Tracked, columns_of, stats_of
+
+# Of the steps that its members know: a group that was tracked for fewer, as after loading, is summed from its members.
+_AS_LONG = 0.99
 
 
 class NoiseScale:
@@ -43,7 +47,8 @@ class NoiseScale:
         model: the module whose parameters are trained, compiled with ``backend="gns"`` or about to be, alone or in
             DistributedDataParallel or fully_shard.
         decay: weight of the past after one step of the usual size, that of the first step. A step twice as large counts
-            as two.
+            as two; but from 0.9 on, the weight after any step is 0.9 at least, so that steps that grew a hundred times
+            larger still leave a memory of some twenty of them.
         half_life: the same as a number of examples after which the past counts half; replaces ``decay``.
         groups: groups to track beside the kinds of module and the layers, as :meth:`by_group` takes them; for others the
             intervals are wider than need be.
@@ -91,6 +96,7 @@ class NoiseScale:
             group_function(groups, model)
         self.model = model
         self._decay, self._half_life, self._reduction = decay, half_life, reduction
+        self._least = LEAST_DECAY if half_life is None and decay >= LEAST_DECAY else 0.0
         self._groupings: dict[str, Grouping] = {kind: kind for kind in KINDS}
         self._own = groups
         if groups is not None and groups not in KINDS:
@@ -104,6 +110,12 @@ class NoiseScale:
     def process_group(self) -> Any:
         """The ranks that share a step; None where there is one rank, or each has a step of its own."""
         return self._group or distributed.group_of(self.model)
+
+    @property
+    def measured_parameters(self) -> list[nn.Parameter]:
+        """Those that the last step measured, as far as the host knows."""
+        left_out = {*self._host.excluded, *self._host.unselected}
+        return [p for name, p in self._host.parameters.items() if name not in left_out]
 
     def reset(self) -> None:
         """Forget all steps, for instance after warm-up."""
@@ -124,7 +136,7 @@ class NoiseScale:
     def step(
         self,
         *,
-        loss_scale: float | Tensor = 1.0,
+        loss_scale: float | Tensor | torch.amp.GradScaler = 1.0,
         weights: Weights | None = None,
         tokens: float | Tensor | None = None,
     ) -> StepMeasurement:
@@ -134,8 +146,8 @@ class NoiseScale:
         ``zero_grad``. In data-parallel training every rank calls it, also one that had no examples.
 
         Args:
-            loss_scale: factor that was on the loss in backward and is no longer on ``p.grad``; with a ``GradScaler``,
-                ``scaler.unscale_(optimizer); noise.step(loss_scale=scaler.get_scale())``.
+            loss_scale: factor that was on the loss in backward and is no longer on ``p.grad``, or the ``GradScaler``:
+                ``scaler.unscale_(optimizer); noise.step(loss_scale=scaler)``.
             weights: how much each example of this rank counts, [n], over all micro-batches, or a list with a tensor per
                 micro-batch; in the same unit on all ranks. For a mean over tokens of padded sequences, the number of
                 tokens of each sequence that are in the loss. Equal by default.
@@ -147,18 +159,22 @@ class NoiseScale:
             OptionError: weights that are not those of the step.
             GnsError: another rank is at another step, or does not answer.
         """
+        scale = scale_of(loss_scale) if isinstance(loss_scale, torch.amp.GradScaler) else loss_scale
         group = self.process_group
         self._calls += 1  # also those that raise: the other ranks went on
-        found = collector.totals(self.model)
-        if group is not None and self._group is None:
-            found = distributed.only_averaged(found, self.model)
-        if found.values is None and (group is None or not is_idle(found)):
-            raise NotMeasuredError(self._why_nothing(found))
-        tracked = self._track(found)
-        scaled = None if self._weighing is None else (self._weighing.terms(found, self.model),)
+        with distributed.telling_others(group, CALL, next(self.model.parameters()).device):
+            found = collector.totals(self.model)
+            if group is not None and self._group is None:
+                found = distributed.only_averaged(found, self.model)
+            if group is not None:
+                found = distributed.with_untouched(found)
+            if found.values is None and (group is None or not is_idle(found) or collector.zeroed(self.model)):
+                raise NotMeasuredError(self._why_nothing(found))
+            tracked = self._track(found)
+            scaled = None if self._weighing is None else (self._weighing.terms(found, self.model),)
         sums = gather(
             found,
-            loss_scale=loss_scale,
+            loss_scale=scale,
             weights=weights,
             tokens=tokens,
             reduction=self._reduction,
@@ -168,14 +184,18 @@ class NoiseScale:
             scaled=scaled,
         )
         whole = self._predicting is None or self._predicting.take(found)
+        if self._predicting is not None and self._predicting.names is None:
+            # This rank had no examples: what the others measured tells the norm layers.
+            seen = zip(found.names, sums.examples.tolist(), strict=True)
+            self._predicting.names = frozenset(name for name, n in seen if n > 0) or None
         if whole:
-            self._host.take(found, group is None, isinstance(loss_scale, Tensor) or loss_scale != 1)
-        taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest())
+            self._host.take(found, group is None, isinstance(scale, Tensor) or scale != 1)
+        taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest(), self._least)
         if self._predicting is not None:
             self._predicting.step(taken.of(self._predicting.names), taken.total if whole else None, taken.forget)
         if self._weighing is not None and whole and sums.scaled is not None:
             self._weighing.step(sums.scaled, taken)
-        norms = per_example(found, loss_scale) if group is None and whole else None
+        norms = per_example(found, scale) if group is None and whole else None
         measured = StepMeasurement(taken.one(whole), norms, weights_of(found, weights, self._reduction))
         self._reading = None
         found.clear()
@@ -185,7 +205,7 @@ class NoiseScale:
 
     @property
     def b_simple(self) -> float:
-        """Total noise scale tr(Sigma) / |G|^2, in examples; NaN while |G|^2 is not detected or nothing was measured."""
+        """Total noise scale tr(Sigma) / |G|^2, in examples; NaN while the average of |G|^2 is not positive, or nothing was measured."""
         return self._read().total.b_simple
 
     @property
@@ -205,8 +225,7 @@ class NoiseScale:
         Raises:
             OptionError: a level outside (0, 1), another unit.
         """
-        if not 0 < level < 1:
-            raise OptionError(f"interval(level={level!r}): expected a number between 0 and 1, such as 0.95.")
+        check_level(level)
         if unit not in ("examples", "tokens"):
             raise OptionError(f'interval(unit={unit!r}): expected "examples" or "tokens".')
         found = self._read().total.interval(level)
@@ -277,7 +296,10 @@ class NoiseScale:
         return self._read().share
 
     def by_parameter(self) -> dict[str, GroupStats]:
-        """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer."""
+        """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer.
+
+        A parameter that some steps do not reach is averaged over those that do; the total counts zero for it in the others.
+        """
         return dict(self._read().parameters)
 
     def by_group(self, grouping: Grouping | None = None) -> dict[str, GroupStats]:
@@ -287,7 +309,8 @@ class NoiseScale:
             grouping: ``"module type"``, the class of the module that owns the parameter; ``"layer"``, that module; or a
                 mapping from group to a regular expression that is searched in the parameter's name, or to a collection of
                 names, where the first match wins and the rest is the group ``"other"``; or a callable ``(name)`` or
-                ``(name, parameter)`` that returns the group, or None to leave the parameter out. Default: the groups
+                ``(name, parameter)`` that returns the group, or None to leave the parameter out. Groups go by their
+                ``str``. Default: the groups
                 given to ``NoiseScale``, else ``"module type"``.
 
         Raises:
@@ -307,15 +330,16 @@ class NoiseScale:
         for group, names in members.items():
             parts = [reading.parameters[name] for name in names]
             own = reading.groups.get((title, group)) if title is not None else None
-            rows[group] = (
-                total(parts) if own is None else stats_of(own, [self._host.parameters[name] for name in names])
-            )
+            if own is None or own.n_eff < _AS_LONG * min(part.estimates[0].n_eff for part in parts):
+                rows[group] = total(parts)
+            else:
+                rows[group] = stats_of(own, [self._host.parameters[name] for name in names])
         return in_order(grouping, rows)
 
     def summary(self, grouping: Grouping | None = None) -> str:
         """A table of the groups and the total, as text."""
         reading = self._read()
-        lines = [table({**self.by_group(grouping), TOTAL: reading.total})]
+        lines = [table([*self.by_group(grouping).items(), (TOTAL, reading.total)])]
         lines.append(f"B_simple in examples. {reading.describe()}")
         if self._tracked and reading.excluded:
             lines.append(self._host.coverage_text(reading.excluded))
@@ -324,8 +348,9 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later numbers depend on, as tensors and plain values; the same on all ranks."""
+        prediction = None if self._predicting is None else self._predicting.state_dict()
         return saved.state_dict(self._tracked, self._host, self.model) | {
-            "prediction": None if self._predicting is None else self._predicting.state_dict(),
+            "prediction": prediction and prediction | {"names": saved.inside(prediction["names"], self.model)},
             "preconditioned": None if self._weighing is None else self._weighing.state(),
         }
 
@@ -336,11 +361,14 @@ class NoiseScale:
             StateError: the state of another model, or of another version. What is there stays as it is.
         """
         tracked, host = saved.load(state, self.model, self._groupings)
-        if self._predicting is not None and state.get("prediction") is not None:
-            self._predicting.load_state_dict(state["prediction"])
-        if self._weighing is not None and state.get("preconditioned") is not None:
-            self._weighing.load(state["preconditioned"])
-        self._tracked, self._host, self._reading = tracked, host, None
+        predicting, prediction = self._predicting, state.get("prediction")
+        if predicting is not None:
+            predicting = FullSteps(predicting.every, predicting.first, predicting.memory)
+            if prediction is not None:
+                predicting.load_state_dict(prediction, saved.names_of(self.model))
+        if self._weighing is not None:
+            self._weighing.load(state.get("preconditioned"))
+        self._tracked, self._host, self._predicting, self._reading = tracked, host, predicting, None
 
     def __repr__(self) -> str:
         if self._tracked is None:
@@ -351,7 +379,7 @@ class NoiseScale:
     def _track(self, found: collector.Totals) -> Tracked:
         """The sums with a column for each trainable parameter of now: new ones start empty, the others go on."""
         parameters = dict(zip(found.names, found.parameters, strict=True))
-        if self._tracked is None or parameters.keys() != self._host.parameters.keys():
+        if self._tracked is None or tuple(found.names) != self._tracked.columns.parameters:
             columns = columns_of(parameters, self.model, self._groupings)
             if self._tracked is None:
                 self._tracked = Tracked.empty(columns, device_of(found), self._half_life or 0.0)
@@ -363,8 +391,8 @@ class NoiseScale:
 
     def _rest(self) -> frozenset[str]:
         """All but the norm layers."""
-        assert self._predicting is not None and self._predicting.names is not None
-        return frozenset(self._host.parameters.keys() - self._predicting.names)
+        assert self._predicting is not None
+        return frozenset(self._host.parameters.keys() - (self._predicting.names or ()))
 
     def _why_nothing(self, found: collector.Totals) -> str:
         if reason := collector.diagnose(self.model):

@@ -1,6 +1,6 @@
 """The noise scale that the optimizer sees: the pair of :mod:`gnsfx.noise.preconditioned`, averaged over steps like the plain one.
 
-series [8, 2]     the sum over all parameters, and over those for which it is exact
+series [9, 2]     the sum over all parameters, and over those for which it is exact
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ class OptimizerNoise:
 
     def terms(self, found: collector.Totals, model: nn.Module) -> Terms | None:
         """The terms of this step; None before the optimizer's first update."""
+        if found.values is None:
+            return None  # one of several ranks, without examples
         return terms(found, collector.entry_sums(model), self.optimizer, self.power)
 
     def step(self, scaled: Tensor, taken: Taken) -> None:
         """Take in a step. ``scaled``: q_P, |g|_P^2 and 1 where they are exact, [3, P], NaN where P is not known."""
         if self.series is None:
             self.series = series.empty(2, taken.values)
-        self.series = self.series.to(taken.values.device)
+        self.series = self.series.to(taken.values)
         sq_norm, grad_sq, exact = scaled
         freedom = taken.values[2]
         used = (freedom > 0) & sq_norm.isfinite() & grad_sq.isfinite()
@@ -65,15 +67,15 @@ class OptimizerNoise:
         """For a checkpoint."""
         return None if self.series is None else self.series.clone()
 
-    def load(self, state: Tensor) -> None:
-        """Go on from ``state()``.
+    def load(self, state: Tensor | None) -> None:
+        """Go on from ``state()``; None: from the start.
 
         Raises:
             StateError: of another shape.
         """
-        if not isinstance(state, Tensor) or tuple(state.shape) != (series.SERIES_ROWS, 2):
+        if state is not None and (not isinstance(state, Tensor) or tuple(state.shape) != (series.SERIES_ROWS, 2)):
             raise StateError(f"the state of the preconditioned noise scale is damaged: {state!r}.")
-        self.series = state.clone()
+        self.series = None if state is None else state.clone()
 
     @staticmethod
     def read(numbers: list[float], parameters: int, elements: int) -> OptimizerStats:

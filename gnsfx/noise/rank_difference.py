@@ -3,7 +3,7 @@
     g_r    gradient of rank r before the all-reduce, over all its backward passes      g = (1/W) sum_r g_r = p.grad
     c_r = g_r / W                                                                      units are ranks, W2 = 1/W
     q = sum_r |c_r|^2,  with |g|^2 into the pair for W units                            gnsfx.noise.estimators.unbiased_pair
-    tr(Sigma) of an example = tr Cov(g) * n,   n = A^2 / sum_m 1/b_m                   effective examples of the step
+    tr(Sigma) of an example = tr Cov(g) * n,   n = 1/W2 of the examples                gnsfx.noise.gather
 
 Its expectation is that of the estimate from single examples. With W units instead of n its variance is far larger, and
 it needs two ranks. |g_r|^2 is taken when autograd has added a parameter's gradient up, which is before
@@ -14,6 +14,7 @@ Source: McCandlish et al. (arXiv 1812.06162), appendix A, with B_small the batch
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from gnsfx._torch import OptimizedModule, current_backward
 from gnsfx.errors import GnsError, NotMeasuredError, OptionError
 from gnsfx.noise import estimators
 from gnsfx.noise.estimators import Pair
+
+CALL = "RankDifference.step()"
 
 
 class RankDifference:
@@ -56,7 +59,7 @@ class RankDifference:
         self._parameters = [p for p in wrapper._module_parameters if p.requires_grad]
         self._squares: list[Tensor | None] = [None] * len(self._parameters)
         self._reduced: set[int] = set()  # the backward passes that ended in an all-reduce
-        self._sums, self.steps = torch.zeros(2, dtype=torch.float64), 0
+        self._sums, self.steps = torch.zeros(3, dtype=torch.float64), 0
         weak = weakref.ref(self)
         for slot, parameter in enumerate(self._parameters):
             hook = lambda p, slot=slot: (me := weak()) and me._take(slot, p)  # noqa: E731
@@ -76,15 +79,29 @@ class RankDifference:
                 saw, before ``noise.step()`` starts them anew.
 
         Returns:
-            tr(Sigma) and |G|^2 of this step alone, 0-d tensors, in units of the gradient squared; the same on all ranks.
+            tr(Sigma) and |G|^2 of this step alone, 0-d tensors, in units of the gradient squared; the same on all ranks. Not
+            finite, and left out of the averages, if one rank alone had examples.
 
         Raises:
             NotMeasuredError: the number of examples is not known.
             GnsError: the gradients were averaged more than once, or a rank does not come.
         """
         sizes = micro_batches or collector.totals(self._wrapper.module).micro_batches
+        with distributed.telling_others(self._group, CALL, self._parameters[0].device):
+            vector = self._own(sizes)
+        q, grad_sq, total, inverse, units = distributed.all_reduce(vector, self._group, CALL).unbind()
+        examples = estimators.effective_of_micro_batches(total, inverse)
+        between = estimators.unbiased_pair(grad_sq, q / self.ranks**2, units)
+        pair = Pair(between.tr_sigma * examples / units, between.g_sq)
+        self._squares, self._reduced = [None] * len(self._parameters), set()
+        news = torch.where(units > 1, torch.stack([*pair, units.new_ones(())]), 0)
+        self._sums, self.steps = self._sums.to(vector.device) + news, self.steps + 1
+        return pair
+
+    def _own(self, sizes: Sequence[int | None]) -> Tensor:
+        """What this rank adds to the sums, [5]."""
         known = [size for size in sizes if size]
-        if not known or len(known) < sum(size != 0 for size in sizes):
+        if not sizes or len(known) < sum(size != 0 for size in sizes):
             raise NotMeasuredError(
                 "RankDifference.step() does not know the number of examples. Give that of each backward pass, as in step(8, 8), or call it "
                 "before noise.step()."
@@ -100,15 +117,11 @@ class RankDifference:
             raise NotMeasuredError("RankDifference.step(): no backward pass ran since the last step.")
         local = torch.stack([s.double() for s in squares]).sum()
         share = distributed.grad_sq_shares(grads, self._group).double().sum()
-        passes = torch.tensor([float(len(known)), sum(1 / size for size in known)], dtype=torch.float64)
-        vector = torch.cat([torch.stack([local, share]), passes.to(local.device, non_blocking=True)])
-        q, grad_sq, total, inverse = distributed.all_reduce(vector, self._group, "RankDifference.step()").unbind()
-        examples = estimators.effective_of_micro_batches(total, inverse)
-        between = estimators.unbiased_pair(grad_sq, q / self.ranks**2, self.ranks)
-        pair = Pair(between.tr_sigma * examples / self.ranks, between.g_sq)
-        self._squares, self._reduced = [None] * len(self._parameters), set()
-        self._sums, self.steps = self._sums.to(local.device) + torch.stack(pair), self.steps + 1
-        return pair
+        # As in gnsfx.noise.gather: a pass is one of those of its rank. A rank without examples is no unit.
+        A = len(sizes)
+        numbers = [len(known) / A, sum(1 / size for size in known) / A**2, float(bool(known))]
+        passes = torch.tensor(numbers, dtype=torch.float64)
+        return torch.cat([torch.stack([local, share]), passes.to(local.device, non_blocking=True)])
 
     @property
     def tr_sigma(self) -> float:
@@ -126,7 +139,8 @@ class RankDifference:
         return estimators.noise_scale(self.tr_sigma, self.g_sq)
 
     def _mean(self, which: int) -> float:
-        return float(self._sums[which]) / self.steps if self.steps else float("nan")
+        value, steps = float(self._sums[which]), float(self._sums[2])
+        return value / steps if steps else float("nan")
 
 
 def _square(grad: Any) -> Tensor:

@@ -20,6 +20,7 @@ from gnsfx.noise.predict import Prediction
 from gnsfx.noise.tracking import MISSING, RECENT, TOTAL, Counts, Tracked, share_covered, stats_of
 from gnsfx.tracked import tracked_of
 
+_WATCHED = 8  # parameters asked at each step whether anything wrote to their gradients: the first, and the rest in turn
 NO_OPTIMIZER = OptimizerStats(math.nan, math.nan, 0, 0)
 
 
@@ -28,13 +29,16 @@ class Host:
     """What is known without asking the device.
 
     excluded: name -> reason: has a gradient, but the last step could not measure it. unselected: the user chose not to.
+    unreached: has a gradient, but not from a backward pass of this step on this rank.
     written: ``p.grad`` was written to between the last backward pass and ``step``, but for taking the loss scale out.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     unselected: set[str] = field(default_factory=set)
+    unreached: set[str] = field(default_factory=set)
     written: bool = False
+    _next: int = 0
 
     def take(self, found: collector.Totals, alone: bool, scaled: bool) -> None:
         """Args:
@@ -42,14 +46,20 @@ class Host:
             are written to when they are averaged.
         scaled: whether a loss scale was taken out of the gradients, which writes to them once.
         """
-        first = next((p for p, r in zip(found.parameters, found.refusals, strict=True) if r is None), None)
-        if alone and first is not None and (tracked := tracked_of(first)) is not None:
-            self.written |= tracked.writes() > scaled
+        if alone:
+            measured = [p for p, r in zip(found.parameters, found.refusals, strict=True) if r is None]
+            in_turn = range(self._next, self._next + _WATCHED)
+            self._next += _WATCHED
+            for p in [*measured[:1], *(measured[i % len(measured)] for i in in_turn if measured)]:
+                self.written |= (tracked := tracked_of(p)) is not None and tracked.writes() > scaled
         gaps = {
             name: reason
             for name, p, reason in zip(found.names, found.parameters, found.refusals, strict=True)
-            if reason is not None and p.grad is not None and (alone or reason != collector.UNREACHED)
+            if reason is not None and p.grad is not None
         }
+        # Its gradient may be zeros from zero_grad(set_to_none=False), or of another rank: only the device knows.
+        self.unreached = {name for name, reason in gaps.items() if reason == collector.UNREACHED}
+        gaps = {name: reason for name, reason in gaps.items() if name not in self.unreached}
         self.unselected = {name for name in gaps if leaves.left_out(self.parameters[name]) is not None}
         self.excluded = {name: reason for name, reason in gaps.items() if name not in self.unselected}
 
@@ -108,7 +118,8 @@ def read(tracked: Tracked, host: Host, full_steps: FullSteps | None, weighing: O
     excluded, parameters = dict(host.excluded), {}
     for (name, parameter), gone in zip(host.parameters.items(), refused, strict=True):
         if gone and name not in host.unselected:
-            excluded.setdefault(name, "refused in the graph or on another rank")
+            reason = collector.UNREACHED if name in host.unreached else "refused in the graph or on another rank"
+            excluded.setdefault(name, reason)
         elif estimates[name].n_eff > 0 and name not in excluded:
             parameters[name] = stats_of(estimates[name], [parameter])
     whole = estimates["", TOTAL]
@@ -133,6 +144,7 @@ def read(tracked: Tracked, host: Host, full_steps: FullSteps | None, weighing: O
             whole,
             estimates["", RECENT],
             modified=host.written,
+            predicted=prediction is not None,
             drift=None if prediction is None else prediction.drift.message(),
         ),
         prediction,

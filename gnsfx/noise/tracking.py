@@ -1,7 +1,7 @@
 """What a noise scale keeps on the device: a column of running sums for each parameter and each tracked group.
 
     one step     q, |g|^2, n of P parameters  ->  (tr(Sigma), |G|^2) of P parameters  ->  summed into K groups
-    the series   [8, P + K], see gnsfx.noise.series; decays in examples
+    the series   [9, P + K], see gnsfx.noise.series; decays in examples
 
 Two groups are always there beside the total: ``recent``, the total with a memory eight times shorter, which tells
 whether the average lags behind, and ``missing``, an upper bound of tr(Sigma) of what has a gradient and no norm.
@@ -25,6 +25,8 @@ from gnsfx.noise.intervals import Estimate
 
 TOTAL, RECENT, MISSING = "total", "recent", "missing"
 RECENT_FACTOR = 8
+# A memory in examples is a fraction of a step once steps are large enough, and says nothing of its own scatter then.
+LEAST_DECAY = 0.9  # a memory of 19 effective steps
 # Cauchy-Schwarz says |g|^2 <= n q. Gradients rounded to bfloat16 stay well within this margin. Asked of the total only:
 # one parameter's gradient may be zero but for rounding.
 _MARGIN = 1.05
@@ -42,6 +44,7 @@ class Counts(NamedTuple):
     too_few: float = 0
     too_large: float = 0  # |g|^2 > n q: p.grad holds more than was measured
     misweighted: float = 0
+    left_over: float = 0  # gradients were not zeroed before
     tokens: float = 0
     effective: float = 0
 
@@ -56,6 +59,13 @@ class Columns:
 
     def __len__(self) -> int:
         return len(self.parameters) + len(self.groups)
+
+    def members_of_groups(self, among: frozenset[str]) -> dict[Hashable, frozenset[str]]:
+        """Group -> its members, of these parameters."""
+        found: dict[Hashable, set[str]] = {group: set() for group in self.groups}
+        for p, g in zip(*self.members, strict=True):
+            found[self.groups[g]].add(self.parameters[p])
+        return {group: among & members for group, members in found.items()}
 
     def groups_with(self, names: frozenset[str]) -> tuple[int, ...]:
         """The groups that any of these parameters is a member of, and what is missing."""
@@ -76,6 +86,11 @@ def columns_of(parameters: Mapping[str, nn.Parameter], model: nn.Module, groupin
     groups["", MISSING] = len(groups)
     who, where = zip(*pairs, strict=True)
     return Columns(tuple(parameters), tuple(groups), (who, where))
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """MPS has no float64; there the sums are as good as the norms."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @functools.lru_cache(maxsize=64)
@@ -109,22 +124,22 @@ class Tracked:
     """The device tensors and what the columns mean."""
 
     columns: Columns
-    series: Tensor  # [8, P + K]
+    series: Tensor  # [9, P + K]
     counts: Tensor  # [len(Counts)]
     refused: Tensor  # [P], of the last step
     half_life: Tensor  # 0-d, examples; 0 until the first step that has any
 
     @staticmethod
     def empty(columns: Columns, device: torch.device, half_life: float) -> Tracked:
-        # MPS has no float64; there the sums are as good as the norms.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        zeros = torch.zeros((), dtype=dtype, device=device).new_zeros
+        zeros = torch.zeros((), dtype=_dtype(device), device=device).new_zeros
         sums = series.empty(len(columns), zeros(()))
         return Tracked(columns, sums, zeros(len(Counts())), zeros(len(columns.parameters)), zeros(()) + half_life)
 
     def rearranged(self, columns: Columns) -> Tracked:
-        """For the parameters of now: new ones start empty, the others go on."""
-        at = {key: i for i, key in enumerate(_keys(self.columns))}
+        """For the parameters of now: new ones start empty, and groups that were made of other parameters; the rest goes on."""
+        both = frozenset(self.columns.parameters) & frozenset(columns.parameters)
+        here, there = (c.members_of_groups(both) for c in (columns, self.columns))
+        at = {key: i for i, key in enumerate(_keys(self.columns)) if here.get(key) == there.get(key)}
         new = series.empty(len(columns), self.series)
         kept = [(i, at[key]) for i, key in enumerate(_keys(columns)) if key in at]
         if kept:
@@ -135,16 +150,21 @@ class Tracked:
 
     def to(self, device: torch.device) -> None:
         """After loading, when the model is seen at work for the first time."""
-        if self.series.device != device:
-            moved = (t.to(device) for t in (self.series, self.counts, self.refused, self.half_life))
+        if self.series.device != device or self.series.dtype != _dtype(device):
+            ours = (self.series, self.counts, self.refused, self.half_life)
+            moved = (t.to(_dtype(device)).to(device) for t in ours)
             self.series, self.counts, self.refused, self.half_life = moved
 
-    def step(self, sums: Sums, decay: float, left_out: frozenset[str] = frozenset()) -> Taken:
-        """Take in a step. ``left_out``: parameters that it was told not to measure, so that it says nothing of their groups."""
-        n = sums.usable * sums.examples.amax()
-        effective = sums.usable * (1 - sums.misweighted) * sums.effective
-        # A parameter that only some micro-batches reached has that share of the effective examples.
-        own = torch.where(n > 0, effective * sums.examples / n.clamp(min=1), 0) * (sums.refused == 0)
+    def step(self, sums: Sums, decay: float, left_out: frozenset[str] = frozenset(), least_decay: float = 0.0) -> Taken:
+        """Take in a step.
+
+        left_out: parameters that it was told not to measure, so that it says nothing of their groups. least_decay: weight of
+        the past after the step, however large.
+        """
+        n = sums.usable * sums.n
+        effective = sums.usable * (1 - sums.misweighted) * (1 - sums.left_over) * sums.effective
+        # Examples that did not reach a parameter that others did have contributions of zero to it.
+        own = effective * ((sums.examples > 0) & (sums.refused == 0))
         freedom = (own - 1).clamp(min=0)
         used = freedom > 0
         # Not a product with the mask: 0 * inf is NaN.
@@ -158,29 +178,32 @@ class Tracked:
             grouped[2].index_fill_(0, _index(self.columns.groups_with(left_out), values.device), 0)
         usual = estimators.half_life_of(decay, n)
         self.half_life = torch.where(self.half_life > 0, self.half_life, usual)
-        forget = estimators.step_decay(n, torch.where(self.half_life > 0, self.half_life, 1))
+        forget = estimators.step_decay(n, torch.where(self.half_life > 0, self.half_life, 1)).clamp(min=least_decay)
         forgets = forget.expand(len(self.columns)).clone()
         forgets[len(self.columns.parameters) + self.columns.groups.index(("", RECENT))] = forget**RECENT_FACTOR
         tr_sigma, g_sq, freedoms = torch.cat([values, grouped], 1)
         self.series = series.step(self.series, tr_sigma, g_sq, freedoms, forgets)
         if not left_out:
-            self.refused = ((sums.refused > 0) | ((sums.gap > 0) & (sums.examples == 0))).to(sums.refused)
+            self.refused = ((sums.refused > 0) | ((sums.gap > 0) & (sums.examples == 0) & (sums.grad_sq > 0))).to(
+                sums.refused
+            )
         ones = torch.ones_like(n)
         news = torch.stack(
             [
                 ones,
                 n,
                 1 - sums.usable,
-                sums.usable * (n < 2),
+                sums.usable * ((n < 2) | ((effective <= 1) & (effective == sums.effective) & (sums.misweighted == 0))),
                 (
                     sums.usable * torch.where(used, sums.grad_sq - _MARGIN * sums.examples * sums.sq_norm, 0).sum() > 0
                 ).to(n),
                 sums.misweighted * sums.usable,
+                sums.left_over,
                 sums.tokens * (effective > 0),
                 effective * (sums.tokens > 0),
             ]
         )
-        fading = torch.stack([ones] * 6 + [forget] * 2)
+        fading = torch.stack([ones] * 7 + [forget] * 2)
         self.counts = self.counts * fading + news
         return Taken(values, total, n, forget, self.columns.parameters)
 

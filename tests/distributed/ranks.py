@@ -72,10 +72,10 @@ class Block(nn.Module):
 class Small(nn.Module):
     """An embedding, blocks with a normalisation, a head; an empty batch goes through."""
 
-    def __init__(self, D: int = 8) -> None:
+    def __init__(self, blocks: int, D: int = 8) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(11, D), nn.Linear(D, 11)
-        self.blocks = nn.ModuleList(Block(D) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(D) for _ in range(blocks))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -84,11 +84,11 @@ class Small(nn.Module):
         return self.head(x)
 
 
-def small() -> Small:
+def small(blocks: int = 1) -> Small:
     """The same on every rank."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    return Small().double()
+    return Small(blocks).double()
 
 
 Batch = tuple[Tensor, Tensor]
@@ -108,23 +108,24 @@ class Truth:
     w = 1 / (W A b).
     """
 
-    def __init__(self, plain: nn.Module, batches: list[list[Batch]]) -> None:
-        """``batches``: of each rank, of each backward pass."""
+    def __init__(self, plain: nn.Module, batches: list[list[Batch]], weights: list[list[Tensor]] | None = None) -> None:
+        """``batches``: of each rank, of each backward pass. ``weights``: other w, likewise, with a sum of one."""
         names = [name for name, p in plain.named_parameters() if p.requires_grad]
         self.q, self.examples, self.w2 = dict.fromkeys(names, 0.0), 0, 0.0
         plain.zero_grad()
-        for passes in batches:
-            for tokens, targets in passes:
+        for r, passes in enumerate(batches):
+            for i, (tokens, targets) in enumerate(passes):
                 n = len(tokens)
                 if not n:
                     continue
-                weight = 1 / (len(batches) * len(passes) * n)
                 losses = zoo.token_losses(plain(tokens), targets)
-                found = oracle.per_example_sq_norms(plain, losses, torch.full_like(losses, weight))
+                weight = torch.full_like(losses, 1 / (len(batches) * len(passes) * n))
+                weight = weight if weights is None else weights[r][i].to(losses)
+                found = oracle.per_example_sq_norms(plain, losses, weight)
                 self.q = {name: self.q[name] + float(found[name].sum()) for name in names}
                 self.examples += n
-                self.w2 += n * weight**2
-                (zoo.token_losses(plain(tokens), targets).sum() * weight).backward()
+                self.w2 += float(weight.square().sum())
+                (zoo.token_losses(plain(tokens), targets) * weight).sum().backward()
         self.grad_sq = {n: float(p.grad.square().sum()) for n, p in plain.named_parameters() if p.grad is not None}
 
     def check_pair(self, one: StepMeasurement, names: list[str], tolerance: float, what: str) -> None:

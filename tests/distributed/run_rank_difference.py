@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +37,16 @@ def one_step_by_hand(rank: int, ranks: int) -> None:
     close(float(pair.tr_sigma), float(between / ranks * examples), 1e-12, "tr(Sigma)")
     close(float(pair.g_sq), float(stacked.mean(0).square().sum() - between / ranks), 1e-12, "|G|^2")
     same_bits(float(pair.tr_sigma))
+    wrapped.zero_grad()
+    x = data[rank][0][: 0 if rank == 0 else None]
+    (wrapped(x).square().sum() / max(len(x), 1)).backward()
+    pair = difference.step(len(x))  # without the first rank
+    assert bool(pair.tr_sigma.isfinite()) == (ranks > 2) and math.isfinite(difference.tr_sigma)
+    if ranks > 2:
+        g = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(
+            model(passes[0]).square().sum(1).mean(), [*model.parameters()])]) for passes in data[1:]]) * (ranks - 1) / ranks  # fmt: skip
+        examples = (ranks - 1) ** 2 / sum(1 / len(passes[0]) for passes in data[1:])
+        close(float(pair.tr_sigma), float(g.var(0).sum() / (ranks - 1) * examples), 1e-12, "tr(Sigma), a rank idle")
     wrapped(data[rank][0]).sum().backward()
     wrapped(data[rank][0]).sum().backward()
     fails(lambda: difference.step(1, 1), "2 times", "no_sync")

@@ -174,6 +174,120 @@ def averaged_by_hand(rank: int, ranks: int) -> None:
     same_bits(noise.tr_sigma)
 
 
+def nothing_but_padding_on_one_rank(rank: int, ranks: int) -> None:
+    """A mean over the tokens of all ranks; the last rank has none of them, or not even an example."""
+    model = small()
+    plain = copy.deepcopy(model)
+    wrapped = compiled(DistributedDataParallel(model))
+    noise = gnsfx.NoiseScale(wrapped)
+    for step, examples in enumerate((3, 0)):
+        wrapped.zero_grad()
+        batches = [[batch(10 * step + r, examples if r == ranks - 1 else 4)] for r in range(ranks)]
+        counts = [torch.arange(1, 1 + len(b[0][0])) * (r < ranks - 1) for r, b in enumerate(batches)]
+        whole = sum(int(c.sum()) for c in counts)
+        tokens, targets = batches[rank][0]
+        ((zoo.token_losses(wrapped(tokens), targets) * counts[rank]).sum() * ranks / whole).backward()
+        one = noise.step(weights=counts[rank])
+        truth = Truth(plain, batches, [[c / whole] for c in counts])
+        truth.check_pair(one, [*truth.q], 1e-6, f"{examples} padded examples")
+    same_bits(noise.b_simple_tokens)
+
+
+def idle_from_the_start(rank: int, ranks: int) -> None:
+    """The last rank, which knows neither the norm layers nor an update yet, runs no backward pass in the first step."""
+    for options in ({"optimizer": True}, {"predict_total": True}):
+        model = small()
+        wrapped = compiled(model)
+        adam = torch.optim.Adam(model.parameters())
+        options = {key: adam if key == "optimizer" else value for key, value in options.items()}
+        noise = gnsfx.NoiseScale(wrapped, process_group=dist.group.WORLD, **options)
+        for step in range(3):
+            model.zero_grad()
+            if step == 1 or rank < ranks - 1:
+                with noise.measuring():
+                    losses = zoo.token_losses(wrapped(batch(10 * step + rank, 3)[0]), batch(10 * step + rank, 3)[1])
+                losses.mean().backward()
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+            assert noise.step().examples == 3 * (ranks - (step != 1))
+            adam.step()
+        same_bits(noise.tr_sigma)
+        assert noise.coverage_share == 1.0, options
+
+
+def norm_layers_of_shards(rank: int, ranks: int) -> None:
+    model = small()
+    wrapped = compiled(fully_shard(model, mesh=init_device_mesh("cpu", (ranks,))))
+    noise = gnsfx.NoiseScale(wrapped, predict_total=True)
+    for _ in range(2):
+        wrapped.zero_grad()
+        with noise.measuring():
+            losses = zoo.token_losses(wrapped(batch(rank, 4)[0]), batch(rank, 4)[1])
+        losses.mean().backward()
+        one = noise.step()
+    truth = Truth(small(), [[batch(r, 4)] for r in range(ranks)])
+    truth.check_pair(one, [*truth.q], 1e-9, "the first full step")
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, left: bool) -> Tensor:
+        return (self.left if left else self.right)(x).square().sum(1)
+
+
+def parameters_of_one_rank(rank: int, ranks: int) -> None:
+    """The others count as contributions of zero, once it is known that no code of theirs uses them."""
+    torch.manual_seed(0)
+    model = Fork().double()
+    wrapped = compiled(DistributedDataParallel(model, find_unused_parameters=True))
+    noise = gnsfx.NoiseScale(wrapped)
+    n = 4 * ranks
+    for step in range(3):
+        wrapped.zero_grad()
+        torch.manual_seed(step)
+        data = torch.randn(ranks, 4, 3, dtype=torch.float64)
+        wrapped(data[rank], rank == 0).mean().backward()
+        one = noise.step()
+        rows = [  # the gradient of |Wx + b|^2 is 2 (Wx + b) (x, 1)
+            (2 * layer(x)).square().sum(1) * (x.square().sum(1) + 1)
+            for x, layer in zip(data, [model.left, *[model.right] * (ranks - 1)], strict=True)
+        ]
+        q = float(torch.cat(rows).sum()) / n**2
+        g = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+        if step:
+            close(one.tr_sigma, (n * q - g) / (1 - 1 / n), 1e-9, "tr(Sigma)")
+            close(one.g_sq, (g - q) / (1 - 1 / n), 1e-9, "|G|^2")
+        assert one.examples == n
+
+
+def an_error_on_one_rank(rank: int, ranks: int) -> None:
+    """An error on all of them, at once, and the next step is as good as any."""
+    model = small()
+    truth = Truth(copy.deepcopy(model), [[batch(r, 4)] for r in range(ranks)])
+    wrapped = compiled(DistributedDataParallel(model))
+    noise = gnsfx.NoiseScale(wrapped)
+    started = time.monotonic()
+    for step in range(4):
+        wrapped.zero_grad()
+        zoo.token_losses(wrapped(batch(rank, 4)[0]), batch(rank, 4)[1]).mean().backward()
+        if step % 2:
+            truth.check_pair(noise.step(), [*truth.q], 1e-9, "after an error")
+        elif rank == 1 and step:
+            wrapped.zero_grad()
+            fails(noise.step, "zeroed")
+        elif rank == 1:
+            fails(lambda: noise.step(weights=torch.ones(5)), "5 weights for 4 examples")
+        else:
+            fails(noise.step, "rank 1 could not take part", "kept")
+    assert noise.steps == 2 and time.monotonic() - started < distributed.TIMEOUT / 2
+    same_bits(noise.tr_sigma)
+
+
 def out_of_step(rank: int, ranks: int) -> None:
     """Each failure leaves its process group behind, so each has one of its own."""
 
@@ -191,6 +305,7 @@ def out_of_step(rank: int, ranks: int) -> None:
     reduce(3, 1)
     if rank != ranks - 1:
         fails(lambda: reduce(3, 2), "noise.step(), step 2", "seconds", "did not call it")
+        fails(lambda: reduce(3, 3), "no more sums over these ranks", "step 2")
     assert time.monotonic() - started < 4 * SECONDS
 
 
@@ -223,6 +338,11 @@ if __name__ == "__main__":
             what_is_refused,
             no_examples_on_one_rank,
             averaged_by_hand,
+            nothing_but_padding_on_one_rank,
+            idle_from_the_start,
+            norm_layers_of_shards,
+            parameters_of_one_rank,
+            an_error_on_one_rank,
             out_of_step,
             a_rank_that_ends,
         ):

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed.ranks import launch
-from tests.distributed.run_data_parallel import CASES, HYBRID
+from tests.distributed.run_data_parallel import CASES, HYBRID, check
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo and torchrun")
 
@@ -25,6 +25,15 @@ MORE = (
 def test_two_ranks_find_what_one_process_finds() -> None:
     names = [name for name in CASES if name not in MORE]
     assert launch("run_data_parallel.py", 2, *names).count("rank 1: ") == len(names)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_rank_may_shard_too() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check("sharded whole", 0, 1)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 
 from gnsfx import collector
 from tests.gnsfx.noise.one_by_one import OneByOne
+
+# The same examples every time, on a machine of any speed.
+hypothesis.settings.register_profile("gnsfx", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("gnsfx")
 
 
 @pytest.fixture(autouse=True)

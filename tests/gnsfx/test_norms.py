@@ -35,3 +35,8 @@ def test_a_gradient_that_is_not_contiguous():
     found = squared_norms([short, tensor, short])
     truth = [float(t.double().square().sum()) for t in (short, tensor, short)]
     assert found.tolist() == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_sparse_gradient():
+    rows = torch.sparse_coo_tensor(torch.tensor([[1, 1, 4]]), torch.ones(3, 2), (5, 2), check_invariants=True)
+    assert squared_norms([rows, torch.ones(3)]).tolist() == [10.0, 3.0]

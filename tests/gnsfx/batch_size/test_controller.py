@@ -170,7 +170,7 @@ def test_never_detected_and_all_skipped_keep_the_batch_and_warn_once():
     assert controller.reason == "B_simple was not measured: all 1 steps were skipped as not finite: the batch stays 64."
     controller = make(StubNoise())
     controller.step()
-    assert "noise.step() was never called" in controller.reason
+    assert "noise.step() was not called" in controller.reason
 
 
 def test_a_noise_scale_that_is_lost_keeps_the_last_good_batch():
@@ -200,11 +200,22 @@ def test_a_noise_scale_that_is_lost_keeps_the_last_good_batch():
         ({"period": 0}, "period=0"),
         ({"warm_up": -1}, "warm_up=-1"),
         ({"step_time": (1.0, 0.0)}, "step_time="),
+        ({"noise": object()}, r"expected a gnsfx\.NoiseScale"),
     ],
 )
 def test_bad_options(options, complaint):
     with pytest.raises(OptionError, match=complaint):
-        make(StubNoise(), **options)
+        make(**{"noise": StubNoise(), **options})
+
+
+def test_a_loop_that_does_not_follow_the_batch_size_is_told_once():
+    noise = StubNoise(1000.0, spread=0.01)
+    controller = make(noise, period=5)
+    with pytest.warns(GnsWarning, match="saw 8 examples per step, where this controller counts 16: does each") as told:
+        for _ in range(20):
+            noise.tick(8)
+            controller.step()
+    assert len(told) == 1
 
 
 def timed(controller, noise, steps, t0, t1, seed=0):

@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from gnsfx.batch_size.policy import Stage
 from gnsfx.batch_size.run_log import SCHEMA, UNITS, RunLog, read_log, scalars
 from gnsfx.batch_size.schedule import BatchSizeSchedule
 from gnsfx.errors import GnsWarning, OptionError, StateError
@@ -138,4 +140,22 @@ def test_bad_scalars_are_named(tmp_path):
             log.write(step=0, grad=torch.zeros(3))
         with pytest.raises(OptionError, match="g_sq is written already"):
             log.write(step=0, noise=StubNoise(1.0, (1, 2)), g_sq=3)
+        with pytest.raises(OptionError, match="changes is written already"):
+            log.write(step=0, changes="many")
+        with pytest.raises(OptionError, match=r"step=1\.0\): expected a whole number"):
+            log.write(step=1.0)
     assert read_log(tmp_path / "run.jsonl").steps == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    with RunLog(tmp_path / "run.jsonl") as log:
+        log.write(step=np.int64(3), loss=np.float32(0.5), best=np.float64("inf"))
+    (record,) = read_log(tmp_path / "run.jsonl").steps
+    assert (record["step"], record["loss"], record["best"]) == (3, 0.5, None)
+
+
+def test_stages_of_a_run_without_a_policy_are_those_of_its_lines(tmp_path):
+    with RunLog(tmp_path / "run.jsonl") as log:
+        for step, batch in enumerate([16, 16, 32, 32, 64]):
+            log.write(step=step, batch_size=batch, examples=(16, 32, 64, 96, 160)[step])
+    assert read_log(tmp_path / "run.jsonl").stages == [Stage(16, 0, 0), Stage(32, 2, 32), Stage(64, 4, 96)]

@@ -83,6 +83,7 @@ def test_three_lines_in_a_loop():
         (lambda: BatchSizeSchedule(tokens=[(0, 24)], micro_batch=16), "24 is no multiple of 16"),
         (lambda: BatchSizeSchedule(tokens=[(0, 16), (0, 32)], micro_batch=16), "rising"),
         (lambda: BatchSizeSchedule(tokens=[], micro_batch=16), "rising"),
+        (lambda: BatchSizeSchedule(tokens={0: 16, 100: 32}, micro_batch=16), "expected pairs"),
         (lambda: BatchSizeSchedule(tokens=[(0, math.nan)], micro_batch=16), "positive number of examples"),
         (lambda: BatchSizeSchedule(micro_batch=16), "either tokens= or examples="),
         (
@@ -209,3 +210,7 @@ def test_state_goes_on_identically_and_refuses_others():
     with pytest.raises(OptionError, match="the batch size in the state"):
         other.load_state_dict({**state, "batch_size": 48})
     assert other.batch_size == 32 and other.steps == 0
+    by_tokens = BatchSizeSchedule.linear(16, 256, tokens=4000, micro_batch=16)
+    with pytest.raises(StateError, match="did not count them"):
+        by_tokens.load_state_dict(state)
+    assert by_tokens.steps == 0

@@ -184,7 +184,8 @@ def test_the_command_line(log, capsys):
         (["--linear", "16:256:lots"], "expected 3 numbers"),
         (["--linear", "17:31:1e4", "--micro-batch", "16"], "Nearest possible: 16 and 32"),
         (["--ratio", "1", "--bounds", "3:5", "--micro-batch", "16"], "Nearest possible: 16"),
-        (["--fixed", "0"], "micro_batch=0"),
+        (["--fixed", "0"], "a fixed batch size of 0: expected a positive number of examples"),
+        (["--fixed", "64", "--step-time", "1:0"], "expected t0 >= 0 in seconds and t1 > 0 in seconds per example"),
     ],
 )
 def test_bad_input_is_one_line(log, arguments, complaint, capsys):

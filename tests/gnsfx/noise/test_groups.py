@@ -1,11 +1,13 @@
 """Groups of parameters: sums, and how far they can be trusted."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from gnsfx.errors import OptionError
 from gnsfx.noise.intervals import ratio_interval
 from gnsfx.noise.noise_scale import NoiseScale
 from tests.gnsfx.noise.one_by_one import run
@@ -95,3 +97,20 @@ def test_a_group_can_be_empty_for_a_while(source):
     model[1].requires_grad_(True)
     for _ in run(source, model, noise, [8]):
         assert set(noise.by_group()) == {"Linear", "LayerNorm"}
+
+
+def test_groups_of_any_name_and_compiled_expressions(noise):
+    by_number = noise.by_group({0: "weight", 1: re.compile("bias")})
+    assert list(by_number) == ["0", "1"]
+    assert by_number == noise.by_group(lambda name: int("bias" in name))
+
+
+@pytest.mark.parametrize("match", ["(", 3])
+def test_a_group_that_nothing_can_match_is_told(noise, match):
+    with pytest.raises(OptionError, match=r"expected a regular expression|is no regular expression"):
+        noise.by_group({"a": match})
+
+
+def test_a_group_called_total_is_not_the_total(noise):
+    lines = noise.summary(lambda name: "total" if "bias" in name else None).splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["total", "12"], ["total", "42"]]

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks import monte_carlo, synthetic
+from gnsfx.errors import OptionError
 from gnsfx.noise import intervals
 from gnsfx.noise.intervals import UNKNOWN, Estimate, Interval, of_sum, one_step, ratio_interval
 
@@ -303,3 +304,13 @@ def test_one_step_with_unequal_weights_covers():
 )
 def test_one_step_without_enough_to_go_on(norms, grad_sq, weights):
     assert one_step(norms, grad_sq, weights) == UNKNOWN
+
+
+@pytest.mark.parametrize("level", [95, 0, 1, math.nan])
+def test_a_level_that_is_no_probability_is_told(level):
+    for interval in (
+        lambda: ratio_interval(Estimate(1, 1, 0.1, 0, 0.1, 9), level),
+        lambda: one_step([1.0] * 9, 3, None, level),
+    ):
+        with pytest.raises(OptionError, match=r"interval\(level=.*expected a number between 0 and 1"):
+            interval()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gnsfx.noise import moments, series
+from gnsfx.noise import moments
 
 
 def rows_of(x: Tensor, freedom: Tensor, decay: float) -> Tensor:
@@ -37,19 +37,6 @@ def test_as_from_all_steps_at_once(d: int, steps: int, decay: float, seed: int) 
     torch.testing.assert_close(torch.tensor(found.cov).double(), cov)
     assert found.n_eff == pytest.approx(float(n_eff))
     assert found.squares == pytest.approx(float(squares))
-
-
-def test_two_numbers_are_a_column_of_the_series() -> None:
-    x, freedom = torch.randn(9, 2, dtype=torch.float64), torch.randint(0, 5, (9,)).double()
-    column = series.empty(1, x.new_zeros(()))
-    for values, f in zip(x, freedom, strict=True):
-        column = series.step(column, *values[:, None], f[None], torch.tensor(0.8))
-    expected, found = series.read(column[:, 0].tolist()), moments.read(rows_of(x, freedom, 0.8).tolist())
-    assert found.mean == pytest.approx([expected.tr_sigma, expected.g_sq])
-    assert found.n_eff == pytest.approx(expected.n_eff)
-    assert [found.cov[0][0], found.cov[0][1], found.cov[1][1]] == pytest.approx(
-        [expected.var_tr_sigma, expected.cov, expected.var_g_sq]
-    )
 
 
 def test_rows_join_in_any_cut() -> None:

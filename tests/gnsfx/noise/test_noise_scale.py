@@ -64,6 +64,22 @@ def test_decay_is_in_examples_and_weights_are_degrees_of_freedom(source, model, 
     assert noise.tr_sigma == pytest.approx(expected)
 
 
+def test_steps_that_grew_a_hundred_times_leave_a_memory_of_many(source, model):
+    def after(sizes, **options):
+        noise = NoiseScale(model, **options)
+        for seed, size in enumerate(sizes):
+            model.zero_grad()
+            x = torch.full((size, 3), 1 / 3)
+            source.backward(model, x, 5 + 0.1 * data(size, seed)[1])
+            noise.step()
+        return noise
+
+    assert after([2] * 5 + [256] * 5).interval().bounded
+    brief = after([2] + [64] * 24, half_life=10)
+    with pytest.warns(GnsWarning, match=r"worth 1 steps, too few for an interval"):
+        assert not brief.interval().detected
+
+
 def test_groups_are_sums_over_parameters(source, model):
     noise = NoiseScale(model)
     for _ in run(source, model, noise, [8, 8]):
@@ -262,6 +278,22 @@ def test_a_parameter_added_later_gets_its_own_average(source, model):
     assert after["0.weight"].tr_sigma == pytest.approx(before["0.weight"].tr_sigma)
 
 
+def test_parameters_in_another_order_keep_their_averages(source, model):
+    """As parametrizations and weight norm leave them."""
+    noise = NoiseScale(model)
+    next(run(source, model, noise, [8]))
+    before = noise.by_parameter()
+    weight = model[0].weight
+    del model[0].weight
+    model[0].weight = weight
+    next(run(source, model, noise, [8]))
+    after = noise.by_parameter()
+    assert [*after][:2] == ["0.bias", "0.weight"]
+    assert {name: row.tr_sigma for name, row in after.items()} == pytest.approx(
+        {name: row.tr_sigma for name, row in before.items()}
+    )
+
+
 def test_stale_gradients_are_noticed(source, model):
     noise = NoiseScale(model)
     x, y = data(4)
@@ -400,3 +432,61 @@ def test_one_step_has_an_interval_where_single_norms_are_kept():
 def test_one_step_alone_says_what_an_interval_needs(source, model):
     with pytest.raises(NotMeasuredError, match=r"gns\.per_example.* NoiseScale\.interval\(\) needs several steps"):
         next(run(source, model, NoiseScale(model), [8])).interval()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_grad_scaler(enabled):
+    """The loop of the documentation of torch.amp, with a step whose gradients overflow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager"})
+    optimizer, scaler = (
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        torch.amp.GradScaler("cpu", 1024.0, enabled=enabled),
+    )
+    scaled, plain = NoiseScale(model), NoiseScale(model)
+    for seed in range(3):
+        x, y = data(8, seed)
+        loss = F.mse_loss(compiled(x), y)
+        scaler.scale(loss * (math.inf if seed == 1 and enabled else 1)).backward()
+        scaler.unscale_(optimizer)
+        scaled.step(loss_scale=scaler)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if seed != 1 or not enabled:
+            F.mse_loss(compiled(x), y).backward()
+            plain.step()
+            optimizer.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = scaled.tr_sigma, scaled.g_sq
+    assert found == pytest.approx((plain.tr_sigma, plain.g_sq), rel=1e-4)
+    assert [str(w.message)[:30] for w in caught] == ["1 of 3 steps were left out of "] * enabled
+
+
+class Fork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x, left):
+        return (self.left if left else self.right)(x).square().sum(1)
+
+
+def test_examples_that_do_not_reach_a_parameter_have_contributions_of_zero():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Fork().double()
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager"})
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    for half, left in zip(x, (True, False), strict=True):
+        (compiled(half, left).mean() / 2).backward()
+    with torch.no_grad():  # the gradient of |Wx + b|^2 is 2 (Wx + b) (x, 1)
+        parts = zip(x, (model.left, model.right), strict=True)
+        rows = [(2 * layer(half)).square().sum(1) * (half.square().sum(1) + 1) for half, layer in parts]
+        q, g = float(torch.cat(rows).sum()) / 64, sum(float(p.grad.square().sum()) for p in model.parameters())
+    one = NoiseScale(compiled).step()
+    assert (one.tr_sigma, one.g_sq) == pytest.approx(((8 * q - g) * 8 / 7, (g - q) * 8 / 7), rel=1e-9)
+    assert one.examples == 8

@@ -91,6 +91,26 @@ def test_it_goes_on_from_its_state(net):
     assert (two.b_simple, two.interval()) == (one.b_simple, one.interval())
 
 
+def test_its_state_fits_other_wrappings_and_one_without_prediction_starts_anew(net):
+    one, plain = NoiseScale(net, predict_total=True, every=4), NoiseScale(net)
+    for noise in (one, plain):
+        for _ in steps(net, noise, range(20)):
+            pass
+    other = NoiseScale(torch.compile(net, backend="eager"), predict_total=True, every=4)
+    other.load_state_dict(one.state_dict())
+    for _ in steps(net, other, range(4)):
+        pass
+    assert other.prediction is not None and other.steps == 24
+    other.load_state_dict(plain.state_dict())
+    assert other.prediction is None and other.b_simple == plain.b_simple
+
+
+def test_nothing_that_is_no_number_is_shown(net):
+    noise = NoiseScale(net, predict_total=True, every=4)
+    next(iter(steps(net, noise, range(1))))
+    assert "nan" not in repr(noise) + noise.summary()
+
+
 def test_a_loop_without_the_context_is_told(net):
     noise = NoiseScale(net, predict_total=True)
     compiled = torch.compile(net, backend="gns", options={"gns.inner": "eager"})

@@ -78,6 +78,25 @@ def test_groups_may_change(source, model):
     assert other.by_group("layer") == noise.by_group("layer")
 
 
+def test_sums_from_a_device_without_double_precision(source, model):
+    noise, other = NoiseScale(model), NoiseScale(model)
+    next(run(source, model, noise, [8]))
+    state = {key: x.float() if isinstance(x, torch.Tensor) else x for key, x in noise.state_dict().items()}
+    other.load_state_dict(state)
+    next(run(source, model, other, [8]))
+    assert other.state_dict()["series"].dtype == torch.float64 and other.steps == 2
+
+
+def test_a_group_of_other_parameters_starts_anew(source, model):
+    noise, other = NoiseScale(model, groups={"some": "weight"}), NoiseScale(model, groups={"some": "bias"})
+    for _ in run(source, model, noise, [8, 8, 8, 8]):
+        pass
+    other.load_state_dict(noise.state_dict())
+    rows = other.by_parameter()
+    assert other.by_group()["some"].tr_sigma == pytest.approx(sum(rows[n].tr_sigma for n in rows if "bias" in n))
+    assert other.by_group("layer") == noise.by_group("layer")
+
+
 WIDER = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2))
 LONGER = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2), nn.Linear(2, 2))
 DAMAGES = [
@@ -87,6 +106,10 @@ DAMAGES = [
     ("something else", lambda state: {"epoch": 3}, None, r"this is not the state of a NoiseScale"),
     ("no dict", lambda state: [1], None, r"this is not the state of a NoiseScale"),
     ("half of it", lambda state: {k: v for k, v in state.items() if k != "counts"}, None, r"lacks counts: was it cut off"),
+    ("no shapes", lambda state: {**state, "model": None}, None, r"lacks the shapes of the model"),
+    ("a name", lambda state: {**state, "parameters": ["a", *state["parameters"][1:]]}, None, r"damaged: KeyError: 'a'"),
+    ("members", lambda state: {**state, "members": [[0], [99]]}, None, r"damaged: IndexError"),
+    ("a damaged number", lambda state: {**state, "half_life": "x"}, None, r"half_life should be a tensor of shape \[\]"),
     ("a damaged tensor", lambda state: {**state, "series": state["series"][:3]}, None, r"series should be a tensor of shape"),
 ]  # fmt: skip
 

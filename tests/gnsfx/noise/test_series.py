@@ -25,7 +25,7 @@ def run(steps, dtype=torch.float64):
 
 
 def written_out(steps):
-    """The eight numbers by their definitions."""
+    """The nine numbers by their definitions."""
     steps = [(s, g, f, math.prod(d for *_, d in steps[t + 1 :])) for t, (s, g, f, _) in enumerate(steps)]
     steps = [step for step in steps if step[2] > 0]
     W = math.fsum(d * f for *_, f, d in steps)
@@ -36,7 +36,7 @@ def written_out(steps):
         mean_s,
         mean_g,
         math.fsum(w * s * s for s, _, w in centred),
-        math.fsum(w * s * g for s, g, w in centred),
+        *[math.fsum(w * s * g for s, g, w in centred)] * 2,
         math.fsum(w * g * g for _, g, w in centred),
         W,
         math.fsum(d for *_, d in steps),
@@ -121,4 +121,4 @@ def test_all_decayed_away_is_nothing():
 def test_a_step_does_not_wait_for_the_device():
     """Meta tensors have no values to wait for."""
     ones = torch.ones(4, device="meta")
-    assert series.step(series.empty(4, ones), ones, ones, ones, ones[0]).shape == (8, 4)
+    assert series.step(series.empty(4, ones), ones, ones, ones, ones[0]).shape == (9, 4)

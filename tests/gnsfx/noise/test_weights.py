@@ -121,6 +121,12 @@ BAD = [
     ({"weights": [torch.ones(4), torch.ones(3)]}, r"got 7 weights for 8 examples"),
     ({"weights": -torch.ones(8)}, r"not negative"),
     ({"weights": torch.zeros(8)}, r"not all zero"),
+    ({"weights": torch.tensor([math.inf] + 7 * [1.0])}, r"neither NaN nor infinite"),
+    ({"tokens": torch.ones(8)}, r"expected one number, got a tensor of shape \[8\]"),
+    ({"tokens": math.nan}, r"tokens=nan\): expected the number of tokens"),
+    ({"tokens": -5}, r"tokens=-5\.0\): expected the number of tokens"),
+    ({"loss_scale": 0.0}, r"loss_scale=0\.0\): expected one positive number"),
+    ({"loss_scale": torch.ones(3)}, r"expected one positive number"),
     ({"weights": torch.full((8,), 10), "tokens": 96}, r"tokens=96\): the weights add up to 80"),
 ]
 
@@ -139,7 +145,17 @@ def test_bad_weights_are_told_and_lose_nothing(source, model, options, message):
     assert noise.steps == 2
 
 
-def test_what_only_the_device_knows_is_counted_there(source, model, monkeypatch):
+UNSEEN = [
+    {"weights": torch.full((8,), 10), "tokens": 96},
+    {"weights": torch.tensor([math.nan] + 7 * [1.0])},
+    {"weights": torch.full((8,), math.nan)},
+    {"weights": torch.tensor([-1.0] + 7 * [1.0])},
+    {"weights": torch.zeros(8)},
+]
+
+
+@pytest.mark.parametrize("options", UNSEEN)
+def test_what_only_the_device_knows_is_counted_there(source, model, monkeypatch, options):
     """On a GPU nothing is compared on the host; the step is left out and told of when something is read."""
     monkeypatch.setattr("gnsfx.noise.gather._check", lambda *arguments: None)
     noise, clean = NoiseScale(model), NoiseScale(model)
@@ -148,6 +164,33 @@ def test_what_only_the_device_knows_is_counted_there(source, model, monkeypatch)
     next(run(source, model, noise, [8]))
     model.zero_grad()
     source.backward(model, *data(8, 1))
-    noise.step(weights=torch.full((8,), 10), tokens=96)
+    noise.step(**options)
     with pytest.warns(GnsWarning, match=r"in 1 of 2 steps the weights were not as many .* the step was left out"):
         assert noise.tr_sigma == pytest.approx(clean.tr_sigma)
+
+
+def test_tokens_that_only_the_device_knows_leave_no_trace(source, model, monkeypatch):
+    monkeypatch.setattr("gnsfx.noise.gather._check_tokens", lambda tokens: None)
+    noise = NoiseScale(model)
+    for tokens in (80.0, math.nan, math.inf, -1.0):
+        model.zero_grad()
+        source.backward(model, *data(8))
+        noise.step(tokens=tokens)
+    assert noise.tokens_per_example == pytest.approx(10)
+
+
+def test_one_example_with_all_the_weight_is_told(source, model):
+    noise = NoiseScale(model)
+    source.backward(model, *data(8))
+    noise.step(weights=torch.tensor([1.0] + 7 * [0.0]))
+    with pytest.warns(GnsWarning, match="fewer than two examples"):
+        assert math.isnan(noise.tr_sigma)
+
+
+def test_weights_as_numbers(source, model):
+    noise, same = NoiseScale(model), NoiseScale(model)
+    for one, weights in ((noise, list(range(1, 9))), (same, torch.arange(1, 9))):
+        model.zero_grad()
+        source.backward(model, *data(8))
+        one.step(weights=weights)
+    assert noise.tr_sigma == same.tr_sigma
