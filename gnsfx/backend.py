@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
+from gnsfx.calls import Collectors
 from gnsfx.capture import EMPTY, Capture, read_capture, trains
 from gnsfx.config import Options, Selection, split_options
 from gnsfx.errors import GnsWarning, RefusedError
 from gnsfx.inner import Compiled, RewritePass, eager_compile, inner_compile
-from gnsfx.leaves import Collectors, leave_out, refuse_whole
+from gnsfx.leaves import leave_out, refuse_whole
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Report
 from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State

@@ -9,28 +9,25 @@ What belongs to one step is decided when a backward begins: a parameter whose ``
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gnsfx._torch import (
-    WeakIdKeyDictionary,
-    active_wrapper,
     after_backward,
     current_backward,
-    detect_fake_mode,
     fsdp_parameter,
     is_dtensor,
     is_fsdp1,
     never_trace,
 )
-from gnsfx.eager_code import STATES, moved_rows
-from gnsfx.marks import produced
 from gnsfx.tracked import MEASURED, UNSELECTED, Tracked, tracked_of
+
+if TYPE_CHECKING:
+    from gnsfx.calls import Call
 
 never_trace(__name__)
 TWICE_IN_ONE_BACKWARD = (
@@ -64,8 +61,6 @@ ZEROED_IN_PARTS = (
     "its sharded gradient was written to between two backward passes, and whether it was zeroed cannot be told from one shard; use "
     "zero_grad(set_to_none=True), or call noise.step() once per step"
 )
-PRODUCER = "gnsfx"  # key in the metadata of an autograd node
-MOST_EAGER_NODES = 10_000
 
 
 class Collector:
@@ -84,7 +79,7 @@ class Collector:
         self.parameters = [weakref.ref(p) for p in parameters]
         self.unselected = [weakref.ref(p) for p in unselected]
         self.leaf = torch.zeros(2, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
-        self.entries = _row(spans, dtype, device)
+        self.entries = entries_row(spans, dtype, device)
         self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
         self.per_example: list[Tensor] = []
         self.refused: dict[int, str] = {}
@@ -368,142 +363,7 @@ def _compare_batches(collector: Collector, sizes: Sequence[int]) -> None:
         other.refused.update(dict.fromkeys(range(len(other.parameters)), DIFFERENT_BATCHES.format(found=found)))
 
 
-class Call:
-    """One forward pass through one graph."""
-
-    __slots__ = ("begun", "collector", "epoch", "examples", "leaves", "moved", "per_example", "used")
-
-    def __init__(
-        self, collector: Collector, per_example: Tensor | None, examples: int | None, moved: str | None
-    ) -> None:
-        self.collector, self.per_example, self.examples, self.moved = collector, per_example, examples, moved
-        self.leaves = [leaf for leaf in (collector.leaf, per_example, collector.entries) if leaf is not None]
-        self.begun: int | None = None
-        self.used, self.epoch = False, 0
-
-    def watch(self, node: Any, state_of: Callable[[int], Any]) -> None:
-        """``node`` is the compiled backward; ``state_of`` says where the examples are in each result, by its number."""
-        metadata_of(node)[PRODUCER], metadata_of(node)[STATES] = weakref.ref(self.collector), state_of
-        self.collector.locate(node)
-        # these must not hold the node: a cycle through C++ is never freed
-        node.register_prehook(lambda _: self.collector.begin(self))
-        node.register_hook(lambda grads, _: self.collector.passed(grads))
-
-
-def metadata_of(node: Any) -> dict[str, Any]:
-    """A dict that lives as long as the autograd node; PyTorch's stubs call it a method."""
-    return node.metadata
-
-
-def producers(tensor: Tensor) -> list[Collector]:
-    """The collectors of the compiled graphs whose results a tensor was computed from, with eager code in between."""
-    found, stack, seen = [], [tensor.grad_fn], set()
-    while stack and len(seen) < MOST_EAGER_NODES:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        reference = metadata_of(node).get(PRODUCER)
-        collector = reference() if reference is not None else None
-        if collector is not None:
-            found.append(collector)
-        else:
-            stack += [following for following, _ in node.next_functions]
-    return found
-
-
-class Collectors:
-    """The collectors of one graph, one for each tuple of parameters it was called with."""
-
-    def __init__(
-        self,
-        graph: Any,
-        slots: Sequence[int],
-        parameters: Sequence[nn.Parameter],
-        count: Callable[[Callable[[int], Sequence[Any]]], Any],
-        assumed: frozenset[int],
-        per_example: bool,
-        device: torch.device,
-        elementwise: Sequence[tuple[int, int]],
-        unselected: Sequence[int] = (),
-    ) -> None:
-        """``count``: the number of examples, given the shapes of the inputs. ``assumed``: inputs whose dimension 0 is taken for
-        the examples, and is if no eager code moved its rows. ``elementwise``: inputs with squares of their own for each of so
-        many numbers."""
-        self._assumed = assumed
-        self._graph, self._slots, self._unselected, self._count = graph, tuple(slots), tuple(unselected), count
-        starts = itertools.accumulate((n for _, n in elementwise), initial=0)
-        self._spans = {
-            self._slots.index(i): slice(start, start + n) for (i, n), start in zip(elementwise, starts, strict=False)
-        }
-        self._per_example = per_example and bool(slots)
-        double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
-        self._dtype = torch.float64 if double else torch.float32
-        self._device = parameters[0].device if parameters else device
-        self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
-        # a graph without parameters has one collector
-        self._without = {} if not parameters and not unselected else None
-
-    def call(self, args: Sequence[Any]) -> Call:
-        parameters, unselected = ([args[i] for i in where] for where in (self._slots, self._unselected))
-        all_of_them = [*parameters, *unselected]
-        of_first = self._without if self._without is not None else self._of.setdefault(all_of_them[0], {})
-        key = tuple(map(id, all_of_them))
-        collector = of_first.get(key)
-        if collector is None or not collector.belongs_to(all_of_them):
-            collector = of_first[key] = Collector(
-                self._graph, parameters, self._dtype, self._device, self._spans, unselected
-            )
-            self._graph.note_unselected(args)
-        wrapper = active_wrapper()
-        if wrapper is not None and (collector.wrapper is None or collector.wrapper() is not wrapper):
-            collector.wrapper = weakref.ref(wrapper)
-        per_example, examples = None, self._examples(args)
-        if self._per_example:
-            per_example = torch.zeros(
-                len(parameters),
-                1 if examples is None else examples,
-                dtype=self._dtype,
-                device=self._device,
-                requires_grad=True,
-            )
-        moved = None
-        for index, value in enumerate(args):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                for earlier in producers(value):
-                    earlier.later.add(collector)
-                if index in self._assumed and moved is None and produced(value) is None:
-                    moved = moved_rows(value, PRODUCER)
-        return Call(collector, per_example, examples, moved)
-
-    def _examples(self, inputs: Sequence[Any]) -> Any:
-        return self._count(lambda i: inputs[i].shape)
-
-    def fake_leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Leaves for the compiler: (n, B), and static ones, whose length would turn symbolic with a dynamic batch."""
-        mode = detect_fake_mode(list(inputs))
-        n = len(self._slots)
-        assert mode is not None
-        leaf = torch.zeros(2, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
-        leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
-        if self._per_example:
-            examples = self._examples(inputs)
-            with mode:
-                leaves.append(
-                    torch.zeros(
-                        n,
-                        1 if examples is None else examples,
-                        dtype=self._dtype,
-                        device=self._device,
-                        requires_grad=True,
-                    )
-                )
-        if (entries := _row(self._spans, self._dtype, self._device)) is not None:
-            leaves.append(mode.from_tensor(entries, static_shapes=True))
-        return leaves
-
-
-def _row(spans: Mapping[int, slice], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def entries_row(spans: Mapping[int, slice], dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A leaf for all numbers of all parameters in ``spans``."""
     length = max((span.stop for span in spans.values()), default=0)
     return torch.zeros(length, dtype=dtype, device=device, requires_grad=True) if length else None
