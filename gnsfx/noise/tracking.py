@@ -187,25 +187,25 @@ class Tracked:
             self.refused = ((sums.refused > 0) | ((sums.gap > 0) & (sums.examples == 0) & (sums.grad_sq > 0))).to(
                 sums.refused
             )
-        ones = torch.ones_like(n)
-        news = torch.stack(
-            [
-                ones,
-                n,
-                1 - sums.usable,
-                sums.usable * ((n < 2) | ((effective <= 1) & (effective == sums.effective) & (sums.misweighted == 0))),
-                (
-                    sums.usable * torch.where(used, sums.grad_sq - _MARGIN * sums.examples * sums.sq_norm, 0).sum() > 0
-                ).to(n),
-                sums.misweighted * sums.usable,
-                sums.left_over,
-                sums.tokens * (effective > 0),
-                effective * (sums.tokens > 0),
-            ]
-        )
-        fading = torch.stack([ones] * 7 + [forget] * 2)
-        self.counts = self.counts * fading + news
+        larger = torch.where(used, sums.grad_sq - _MARGIN * sums.examples * sums.sq_norm, 0).sum() > 0
+        self._count(sums, effective, larger, forget)
         return Taken(values, total, n, forget, self.columns.parameters)
+
+    def _count(self, sums: Sums, effective: Tensor, larger: Tensor, forget: Tensor) -> None:
+        """What :class:`Counts` names, of one more step."""
+        alone = (effective <= 1) & (effective == sums.effective) & (sums.misweighted == 0)
+        news = [
+            torch.ones_like(effective),
+            sums.usable * sums.n,
+            1 - sums.usable,
+            sums.usable * ((sums.n < 2) | alone),
+            sums.usable * larger,
+            sums.misweighted * sums.usable,
+            sums.left_over,
+        ]
+        fading = [sums.tokens * (effective > 0), effective * (sums.tokens > 0)]
+        old, averages = self.counts[: len(news)], self.counts[len(news) :]
+        self.counts = torch.cat([old + torch.stack(news), forget * averages + torch.stack(fading)])
 
     def _grouped(self, values: Tensor, sums: Sums, effective: Tensor) -> Tensor:
         """Sums over the members of each group [3, K]; the freedom is that of the member with most."""
