@@ -1,5 +1,6 @@
 # make demo    train a small GPT on English text and print its gradient noise scale, layer by layer
-# make test    format, lint, types and all tests
+# make test    format, lint, types and tests
+# make test-more    several ranks through Inductor, and more kinds of sharding
 # make test-models    whole models of the transformers library against per-example autograd
 # All create .venv the first time; set PYTHON to choose the interpreter (3.11 or newer).
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models lint bench clean
+.PHONY: help demo test test-more test-models lint bench clean
 .SECONDARY:
 
 help:
@@ -18,7 +19,10 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not more" $(ARGS)
+
+test-more: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m more $(ARGS)
 
 test-models: $(VENV)/installed-test $(VENV)/installed-models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/transformers $(ARGS)

@@ -36,7 +36,7 @@ def test_one_rank_may_shard_too() -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_two_ranks_in_more_ways() -> None:
     assert launch("run_data_parallel.py", 2, *MORE).count("rank 1: ") == len(MORE)
 
@@ -46,7 +46,7 @@ def test_four_ranks_find_what_one_process_finds() -> None:
     assert launch("run_data_parallel.py", 4, *names).count("rank 3: ") == len(names)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_two_ranks_through_inductor() -> None:
     assert "rank 1: sharded whole" in launch("run_data_parallel.py", 2, "outside", "sharded whole", INNER="inductor")
 
@@ -55,7 +55,7 @@ def test_two_ranks_in_trouble() -> None:
     assert "rank 0: survived" in launch("run_trouble.py", 2)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_four_ranks_in_trouble() -> None:
     assert "rank 0: survived" in launch("run_trouble.py", 4)
 
@@ -64,6 +64,6 @@ def test_ranks_as_units() -> None:
     assert launch("run_rank_difference.py", 2).count("done") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_three_ranks_as_units() -> None:
     assert launch("run_rank_difference.py", 3).count("done") == 3
