@@ -262,8 +262,8 @@ def write_step(
 
 def noise_table(noise: gnsfx.NoiseScale, context: int) -> Table:
     title = f"Gradient noise scale in examples; an example is a sequence of {context} characters"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group")
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("group", no_wrap=True)
     for heading in ("parameters", "B_simple", "95% interval", "tr(Sigma)", "share", "|G|^2"):
         table.add_column(heading, justify="right", no_wrap=True)
     groups = noise.by_group()
