@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from gnsfx import _torch, marks
+from gnsfx._torch_distributed import is_dtensor
 from gnsfx.calls import Collectors
 from gnsfx.capture import EMPTY, Capture, read_capture, trains
 from gnsfx.config import Options, Selection, split_options
 from gnsfx.errors import GnsWarning, RefusedError
 from gnsfx.inner import Compiled, RewritePass, eager_compile, inner_compile
-from gnsfx.leaves import leave_out, refuse_whole
 from gnsfx.passes.attach_collectors import REFUSED, add_leaves
 from gnsfx.passes.pipeline import Report
 from gnsfx.passes.state import Batched, Mixed, Routed, Shared, State
+from gnsfx.unmeasured import leave_out, refuse_whole
 
 SPLIT = (
     "a parameter of its graph is a DTensor, split over ranks (tensor parallelism), where an example's contribution is on no rank as a whole; "
@@ -127,7 +128,7 @@ def gns(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = No
         return inner_compile(gm, example_inputs, ours, patches, None)
     if selection is not None:
         ours = replace(ours, params=selection)
-    if any(isinstance(v, nn.Parameter) and _torch.is_dtensor(v) for v in example_inputs):
+    if any(isinstance(v, nn.Parameter) and is_dtensor(v) for v in example_inputs):
         return _refusing(inner_compile(gm, example_inputs, ours, patches, None))
     if not trains(example_inputs):
         inner = inner_compile(gm, example_inputs, ours, patches, None)

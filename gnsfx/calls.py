@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnsfx._torch import WeakIdKeyDictionary, active_wrapper, detect_fake_mode, never_trace
+from gnsfx._torch import WeakIdKeyDictionary, detect_fake_mode, never_trace
+from gnsfx._torch_distributed import active_wrapper
 from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.leaves import Collector, entries_row
 from gnsfx.marks import produced

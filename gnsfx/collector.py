@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gnsfx._torch import allows_rnn
 from gnsfx.errors import NotMeasuredError
-from gnsfx.leaves import FOREIGN, Collector, collectors_of, left_out, measured_in_part, refused_whole
+from gnsfx.leaves import Collector, collectors_of
 from gnsfx.tracked import MEASURED, tracked_of
+from gnsfx.unmeasured import FOREIGN, left_out, measured_in_part, refused_whole
 
 NOT_COMPILED = "no compiled graph measures it"
 ZEROED = "its gradient is None: no backward pass reached it, or it was zeroed; read before optimizer.zero_grad()"
@@ -46,6 +47,7 @@ class Totals:
         values: (2, number of measured parameters): sums over examples of |c_b|^2, and numbers of examples.
         micro_batches: the number of examples of each backward pass in them, in order; None where it is data (packed
             documents). A parameter that some of these passes did not reach has fewer examples than their sum.
+        places: per trainable parameter the collectors and slots that measured it; empty where none did.
     """
 
     names: list[str]
@@ -54,6 +56,7 @@ class Totals:
     values: Tensor | None
     collectors: list[Collector]
     micro_batches: tuple[int | None, ...] = ()
+    places: list[list[tuple[Collector, int]]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Start a new step."""
@@ -64,13 +67,13 @@ class Totals:
     @property
     def left_over(self) -> list[Tensor]:
         """Positive, 0-d, where gradients still held an earlier step when this one began."""
-        return [left for c in self.collectors if (left := getattr(c, "left_over", None)) is not None]
+        return [left for c in self.collectors if (left := c.left_over) is not None]
 
 
 def totals(model: nn.Module) -> Totals:
     """Everything measured since the gradients were last zeroed. No host synchronisation, but for the first reading after
     a compile-cache hit."""
-    names, parameters, refusals = [], [], []
+    names, parameters, refusals, places = [], [], [], []
     offsets: dict[Collector, int] = {}
     slots_of: dict[Collector, list[int]] = {}
     columns: list[int] = []  # of the leaves side by side
@@ -81,6 +84,7 @@ def totals(model: nn.Module) -> Totals:
         names.append(name)
         parameters.append(_owner(parameter))
         refusals.append(refusal)
+        places.append(entries)
         for collector, slot in entries:
             if collector not in offsets:
                 offsets[collector] = width
@@ -101,7 +105,7 @@ def totals(model: nn.Module) -> Totals:
         values = values.index_select(1, index(tuple(columns), device))
     if len(owners) > measured:
         values = values.new_zeros(2, measured).index_add_(1, index(tuple(owners), device), values)
-    return Totals(names, parameters, refusals, values, list(offsets), _micro_batches(slots_of))
+    return Totals(names, parameters, refusals, values, list(offsets), _micro_batches(slots_of), places)
 
 
 def _micro_batches(slots_of: dict[Collector, list[int]]) -> tuple[int | None, ...]:
@@ -208,14 +212,14 @@ def zeroed(model: nn.Module) -> bool:
 
 def diagnose(model: nn.Module) -> str | None:
     """Why there is nothing to read at all, as a sentence that says what to do; None if there is something."""
-    collectors = compiled(model)
-    zeroed = all(p.grad is None for p in model.parameters())
-    if any(c.leaf.grad is not None for c in collectors) and not zeroed:
+    collectors, gone = compiled(model), all(p.grad is None for p in model.parameters())
+    arrived = any(c.leaf.grad is not None for c in collectors)
+    if arrived and not gone:
         return None
     if collectors:
-        if any(c.leaf.grad is not None for c in collectors):
+        if arrived:
             return "the gradients were zeroed after the last backward pass. Read before optimizer.zero_grad(), right after loss.backward()."
-        if any(c.taken for c in collectors) and not zeroed:
+        if any(c.taken for c in collectors) and not gone:
             return (
                 "no backward pass was measured since noise.step() took the last one. Call it once per step, after the last "
                 "loss.backward(); one NoiseScale takes all that a graph measured: for parts of a model, read by_group() of one."
@@ -296,13 +300,12 @@ def per_example_sq_norms(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def entry_sums(model: nn.Module) -> dict[str, Tensor]:
+def entry_sums(totals: Totals) -> dict[str, Tensor]:
     """Parameter name -> tensor shaped like the parameter: sum over examples of c_b^2, number by number; all ``-inf`` where
-    its path does not give them. Measured parameters without the option, or too large, are absent. No host synchronisation,
-    as for :func:`totals`."""
+    its path does not give them. Measured parameters without the option, or too large, are absent. No host synchronisation."""
     found: dict[str, Tensor] = {}
-    for name, parameter in _named_parameters(model):
-        parts = [collector.entries_of(slot) for collector, slot in _entries(parameter)[1]]
+    for name, parameter, places in zip(totals.names, totals.parameters, totals.places, strict=False):
+        parts = [collector.entries_of(slot) for collector, slot in places]
         if parts and all(part is not None for part in parts):
             rows: list[Tensor] = [part for part in parts if part is not None]
             found[name] = functools.reduce(torch.add, rows).view(parameter.shape)
@@ -322,7 +325,7 @@ def elementwise_sq_sums(model: nn.Module) -> dict[str, Tensor]:
     """
     if (reason := diagnose(model)) is not None:
         raise NotMeasuredError(reason)
-    found = entry_sums(model)
+    found = entry_sums(totals(model))
     if not found and all(c.entries is None for c in compiled(model)):
         raise NotMeasuredError('sums of single squares are not kept: compile with options={"gns.elementwise": True}.')
     first = [sums.flatten()[:1] for sums in found.values()]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gnsfx import collector, leaves
+from gnsfx import collector, leaves, unmeasured
 from gnsfx.capture import EMPTY
 from gnsfx.passes.record import Record
 
@@ -107,15 +107,15 @@ def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str, 
     found = [_of_graph(c, slot, in_run.get(c, {})) for c, slot in leaves.collectors_of(parameter)]
     if found:
         status, operation, _, reason = min(found, key=lambda row: _PRECEDENCE.index(row[0]))
-        if status != "refused" and leaves.is_foreign(parameter):
-            return Row(name, shape, "refused", operation, reason=leaves.FOREIGN)
-        if status != "refused" and (left_out := leaves.left_out(parameter)) is not None:
+        if status != "refused" and unmeasured.is_foreign(parameter):
+            return Row(name, shape, "refused", operation, reason=unmeasured.FOREIGN)
+        if status != "refused" and (left_out := unmeasured.left_out(parameter)) is not None:
             return Row(name, shape, "unused", operation, reason=left_out)
-        if status != "refused" and (in_part := leaves.measured_in_part(parameter)) is not None:
+        if status != "refused" and (in_part := unmeasured.measured_in_part(parameter)) is not None:
             return Row(name, shape, "refused", operation, reason=in_part)
         paths = dict.fromkeys(row[2] for row in found if row[2]) if status != "refused" else {}
         return Row(name, shape, status, operation, " | ".join(paths), reason)
-    if (left_out := leaves.left_out(parameter)) is not None:
+    if (left_out := unmeasured.left_out(parameter)) is not None:
         return Row(name, shape, "unused", reason=left_out)
     reason = everything or (NEVER_CALLED if parameter.grad is None else f"{ELSEWHERE}.{hint}" if hint else ELSEWHERE)
     return Row(name, shape, "not compiled", reason=reason)

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gnsfx._torch import WeakIdKeyDictionary, dtensor_layout, fsdp_groups, is_dtensor, replicating
+from gnsfx._torch import WeakIdKeyDictionary
+from gnsfx._torch_distributed import dtensor_layout, fsdp_groups, is_dtensor, replicating
 from gnsfx.channel import channel_of
 from gnsfx.collector import NOT_COMPILED, UNREACHED, Totals, index
 from gnsfx.errors import GnsError, GnsWarning

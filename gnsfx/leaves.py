@@ -16,14 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gnsfx._torch import (
-    after_backward,
-    current_backward,
-    fsdp_parameter,
-    is_dtensor,
-    is_fsdp1,
-    never_trace,
-)
+from gnsfx._torch import current_backward, never_trace
+from gnsfx._torch_distributed import after_backward, is_dtensor
 from gnsfx.tracked import MEASURED, UNSELECTED, Tracked, tracked_of
 
 if TYPE_CHECKING:
@@ -41,21 +35,6 @@ DIFFERENT_BATCHES = (
 )
 TWICE_THROUGH_ONE_FORWARD = (
     "backward ran twice through one forward pass, so their cross term is lost; add the losses and call backward once"
-)
-FOREIGN = (
-    "its gradient has a part that no compiled graph measured: it is also used in eager code, in a graph compiled with another backend, "
-    "or under gnsfx.measuring(False); compile the module that contains all uses"
-)
-NOT_SELECTED = "not selected in this step, by gnsfx.measuring or gns.params"
-MEASURED_IN_PART = (
-    "some backward passes since its gradient was last zeroed measured it and others were told not to; "
-    "put all micro-batches of a step under the same gnsfx.measuring"
-)
-
-
-FSDP1 = (
-    "FullyShardedDataParallel flattens parameters into one, so that the graphs do not see it; use "
-    "torch.distributed.fsdp.fully_shard"
 )
 ZEROED_IN_PARTS = (
     "its sharded gradient was written to between two backward passes, and whether it was zeroed cannot be told from one shard; use "
@@ -372,55 +351,3 @@ def entries_row(spans: Mapping[int, slice], dtype: torch.dtype, device: torch.de
 def collectors_of(parameter: nn.Parameter) -> Sequence[tuple[Collector, int]]:
     tracked = tracked_of(parameter)
     return () if tracked is None else tracked.collectors
-
-
-# ids of living parameters -> why no compiled graph measures it: it cannot, it was told not to
-_refused: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
-_left_out: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
-
-
-def _as_the_model_knows(parameter: nn.Parameter) -> nn.Parameter:
-    """Under FSDP a graph gets a stand-in."""
-    stands_in = fsdp_parameter(parameter)
-    return parameter if stands_in is None else stands_in.sharded
-
-
-def leave_out(parameter: nn.Parameter, reason: str) -> None:
-    """Remember that a graph saw a parameter and was told not to measure it."""
-    owner = _as_the_model_knows(parameter)
-    key, forget = id(owner), _left_out.pop  # the module's globals are gone when the interpreter ends
-    _left_out[key] = weakref.ref(owner, lambda _: forget(key, None)), reason
-
-
-def left_out(parameter: nn.Parameter) -> str | None:
-    """Why no graph was to measure a parameter; for one that some graphs measure, why not since it was last zeroed."""
-    tracked = tracked_of(parameter)
-    if tracked is None:
-        return _left_out[id(parameter)][1] if id(parameter) in _left_out else None
-    return NOT_SELECTED if tracked.parts == UNSELECTED else None
-
-
-def refuse_whole(parameter: nn.Parameter, reason: str) -> None:
-    """Remember why a graph that saw a parameter cannot measure it."""
-    owner = _as_the_model_knows(parameter)
-    key, forget = id(owner), _refused.pop
-    if key not in _refused:
-        _refused[key] = weakref.ref(owner, lambda _: forget(key, None)), reason
-
-
-def refused_whole(parameter: nn.Parameter) -> str | None:
-    if id(parameter) in _refused:
-        return _refused[id(parameter)][1]
-    return FSDP1 if is_fsdp1(parameter) else None
-
-
-def measured_in_part(parameter: nn.Parameter) -> str | None:
-    """Why the norms since a gradient was last zeroed are not those of all of it, though the graphs know every part."""
-    tracked = tracked_of(parameter)
-    return MEASURED_IN_PART if tracked is not None and tracked.parts == MEASURED | UNSELECTED else None
-
-
-def is_foreign(parameter: nn.Parameter) -> bool:
-    """Whether ``.grad`` has a part that no compiled graph measured."""
-    tracked = tracked_of(parameter)
-    return tracked is not None and tracked.foreign

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnsfx._torch import FsdpParameter, current_backward, fsdp_parameter, is_dtensor, never_trace
+from gnsfx._torch import current_backward, never_trace
+from gnsfx._torch_distributed import FsdpParameter, fsdp_parameter, is_dtensor
 
 never_trace(__name__)
 # id of a living parameter -> Tracked; a WeakIdKeyDictionary is ten times slower to ask

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -30,7 +29,6 @@ from gnsfx.passes.contractions import (
     Lookup,
     Matmul,
     Reduction,
-    joint_terms,
     own_rows,
     without,
     zeros,
@@ -44,17 +42,12 @@ from gnsfx.passes.rules.indexing import Layout
 from gnsfx.passes.rules.table import Op, arguments
 from gnsfx.passes.segments import RoutedLookup, RoutedMatmul, RoutedSum, expression, sq_norm_of_sum
 from gnsfx.passes.select_path import Choice, Planner
+from gnsfx.passes.stacks import Stacks, rounds
 from gnsfx.passes.state import Batched, Mixed, Partial, Routed, Shared, product, same_sizes
-from gnsfx.passes.terms import Term, find_contraction, find_terms, peel
+from gnsfx.passes.terms import Term, find_terms, peel
 
 aten, ops = torch.ops.aten, torch.ops.gnsfx
 PUTS = (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
-
-
-def rounds(node: Node) -> bool:
-    """Whether the products of single examples would be rounded below fp32 before they are summed: then the gradient is
-    computed as it was, and the norms beside it."""
-    return node.meta["val"].dtype in (torch.bfloat16, torch.float16)
 
 
 class Measurer:
@@ -63,15 +56,13 @@ class Measurer:
     def __init__(self, view: JointGraph, states: States, emit: Emitter, planner: Planner) -> None:
         self.view, self.states, self.emit, self.planner = view, states, emit, planner
         self._gathered: set[Node] = set()  # tables from which all examples look up the same rows
-        self._stacks: dict[Node, Node] = {}
         self._singles: dict[Node, Record] = {}
-        self._replacements: list[tuple[Node, Node]] = []
+        self.stacks = Stacks(states, emit)
         self._without_weight: list[Node] = []
 
     def apply(self) -> None:
         """Put the rewritten gradients in place. Until then the graph reads as it was traced."""
-        for node, value in self._replacements:
-            node.replace_all_uses_with(value)
+        self.stacks.apply()
         for backward in self._without_weight:
             mask = [arguments(backward)["output_mask"][0], False, arguments(backward)["output_mask"][2]]
             backward.args = (*backward.args[:10], mask)
@@ -80,14 +71,14 @@ class Measurer:
 
     def measure(self, record: Record, gradient: Node) -> Record:
         """Write the measurement of one gradient, or refuse it: a defect here must not stop anybody's training."""
-        written, masked = len(self._replacements), len(self._without_weight)
+        written, masked = len(self.stacks.replacements), len(self._without_weight)
         try:
             found = self._measure(record, gradient)
             if found.sq_norm is not None and known(found.sq_norm.meta["val"].shape[0] != self.emit.examples):
                 raise GraphError("its norms are not one per example")
             return found
         except Exception as error:
-            del self._replacements[written:], self._without_weight[masked:]
+            del self.stacks.replacements[written:], self._without_weight[masked:]
             record.sq_norm = None
             return refuse(record, Mixed(f"measuring it failed with {type(error).__name__}: {error}", gradient))
 
@@ -123,13 +114,13 @@ class Measurer:
         """sum_b c_b^2 of every number, where measuring the record gave it; see :mod:`gnsfx.passes.entries`."""
         if record.sq_norm is None:
             return None
-        written, path = len(self._replacements), record.path
-        stack = self._stack if path in STACKED or (path == "segments" and self._gathers(gradient)) else None
+        written, path = len(self.stacks.replacements), record.path
+        stack = self.stacks.of if path in STACKED or (path == "segments" and self._gathers(gradient)) else None
         try:
             with self.emit.at(self.view.output):
                 return sum_entries(gradient, path, self.states, self.emit, stack)
         except Exception:
-            del self._replacements[written:]
+            del self.stacks.replacements[written:]
             return None
 
     def _gathers(self, gradient: Node) -> bool:
@@ -160,7 +151,7 @@ class Measurer:
                 record.sq_norm = self._scaled(self.emit(ops.embedding_sq_norm.default, *lookup), scale)
                 return record
             record.path = "lift"
-            stack = self._stack(gradient)
+            stack = self.stacks.of(gradient)
             record.sq_norm = self.emit.square(stack)
         record.reason = self.planner.memory_note(stack.meta["val"])
         return record
@@ -204,7 +195,7 @@ class Measurer:
             if isinstance(found, (Reduction, BiasReduction)):
                 record.path, record.costs = "reduction", self.planner.reduction(found).costs
             with self.emit.at(found.node):
-                record.sq_norm = self.emit.square(self._stack(found.node))
+                record.sq_norm = self.emit.square(self.stacks.of(found.node))
         self._singles.setdefault(found.node, replace(record))
         with self.emit.at(self.view.output):
             record.sq_norm = self._scaled(record.sq_norm, term.scale)
@@ -228,15 +219,15 @@ class Measurer:
             elif choice.path == "chunked":
                 both = emit(ops.mm_sq_norm.default, x, g)
                 record.sq_norm = emit(operator.getitem, both, 1)
-                self._replace(node, emit(operator.getitem, both, 0))
+                self.stacks.replace(node, emit(operator.getitem, both, 0))
             else:
                 (B, E, T, I), O = emit.shape(x), emit.shape(g)[-1]
                 left = emit.view(emit.permute(x, [0, 1, 3, 2]), [B * E, I, T])
                 stack = emit.view(emit(aten.bmm.default, left, emit.view(g, [B * E, T, O])), [B, E, I, O])
-                self._stacks[node] = emit.view(stack, [B, *emit.shape(node)])
+                self.stacks.keep(node, emit.view(stack, [B, *emit.shape(node)]))
                 record.sq_norm = emit.square(stack)
                 if not rounds(node):
-                    self._replace_by_sum(node, stack)
+                    self.stacks.replace_by_sum(node, stack)
 
     def _convolution(self, found: Convolution) -> Node:
         emit, backward = self.emit, found.node.args[0]
@@ -249,7 +240,7 @@ class Measurer:
             norms, weight = emit(operator.getitem, both, 1), emit(operator.getitem, both, 0)
         if rounds(found.node):
             return norms
-        self._replace(found.node, weight)
+        self.stacks.replace(found.node, weight)
         self._without_weight.append(backward)
         return norms
 
@@ -318,42 +309,7 @@ class Measurer:
     def _concatenate(self, parts: list[Node], dim: int) -> Node:
         return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, dim)
 
-    # ------------------------------------------------------------------------------------------ stacks and helpers
-
-    def _stack(self, node: Node) -> Node:
-        """(B, *shape of node): the contribution of each example to a value that is summed over examples."""
-        if node in self._stacks:
-            return self._stacks[node]
-        emit, state = self.emit, self.states.get(node, Shared())
-        assert isinstance(state, Partial)
-        found = find_contraction(node, self.states)
-        if found is not None:
-            with emit.at(node):
-                stack = found.materialise(emit)
-                self._stacks[node] = stack
-                summed = isinstance(found, (Reduction, BiasReduction)) or (
-                    isinstance(found, Matmul) and not rounds(node)
-                )
-                if summed:
-                    self._replace_by_sum(node, stack)
-            return stack
-        source = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(source, Node)
-        inputs = [a for a in dict.fromkeys(source.all_input_nodes) if a in self.states]
-        partial = {a: self._stack(a) for a in inputs if isinstance(self.states[a], Partial)}
-        with emit.at(node):
-            dtype = functools.reduce(torch.promote_types, (n.meta["val"].dtype for n in partial.values()))
-            if not dtype.is_complex:  # fused ops compute in fp32 inside; what they are lifted to must not round between
-                dtype = accumulate_dtype(dtype)
-            partial = {a: emit.cast(n, dtype) for a, n in partial.items()}
-            shared = {a: emit.share(a) for a in joint_terms(source, partial)}
-            others = [a for a in inputs if a not in partial and isinstance(a.meta["val"], torch.Tensor)]
-            floating = [a for a in others if a.meta["val"].dtype.is_floating_point]
-            shared |= {a: emit.cast(shared.get(a, a), dtype) for a in floating if not dtype.is_complex}
-            index: Any = node.args[1] if source is not node else None
-            stack = emit.lift(source, partial, shared, index)
-        self._stacks[node] = stack
-        return stack
+    # --------------------------------------------------------------------------------------------------- helpers
 
     def _of_all(self, gradient: Node) -> Node:
         """(B,) of |g / B|^2."""
@@ -374,7 +330,7 @@ class Measurer:
         if layout.where != [0] or layout.masks or not adds or not exact or not isinstance(self.states[values], Partial):
             return None
         emit, index = self.emit, layout.nodes[0]
-        g = self._stack(values)
+        g = self.stacks.of(values)
         width = len(layout.shape)
         if "mask" not in op:
             index = own_rows(emit, index, self.emit.shape(table)[0])
@@ -387,16 +343,3 @@ class Measurer:
     def _scaled(self, node: Node | None, scale: float, squared: bool = True) -> Node:
         assert node is not None
         return self.emit.times(node, scale * scale if squared else scale)
-
-    def _replace_by_sum(self, node: Node, stack: Node) -> None:
-        dtype = accumulate_dtype(node.meta["val"].dtype)
-        if stack.meta["val"].dtype.is_complex:
-            total = self.emit(aten.sum.dim_IntList, stack, [0])
-        else:
-            total = self.emit(aten.sum.dim_IntList, stack, [0], False, dtype=dtype)
-        self._replace(node, total)
-
-    def _replace(self, node: Node, value: Node) -> None:
-        """Let ``value`` be the gradient in place of ``node``, with its dtype and shape."""
-        value = self.emit.view(self.emit.cast(value, node.meta["val"].dtype), self.emit.shape(node))
-        self._replacements.append((node, value))

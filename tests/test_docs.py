@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "passes").rglob("*.py"), *(ROOT / "gnsfx").glob("*.py"), *(ROOT / "gnsfx/noise").glob("*.py")])
 REASONS_AT_RUN_TIME = (
     "leaves.py",
+    "unmeasured.py",
     "collector.py",
     "coverage.py",
     "backend.py",

@@ -2,7 +2,7 @@
 
 Within gnsfx: the public names -> gnsfx.batch_size -> gnsfx.noise -> everything else.
 
-``gnsfx.errors``, ``gnsfx.config`` and ``gnsfx._torch`` (the private names of PyTorch) are leaves: anyone may import
+``gnsfx.errors``, ``gnsfx.config``, ``gnsfx._torch`` and ``gnsfx._torch_distributed`` (the private names of PyTorch) are leaves: anyone may import
 them, and they import nothing else of ours. Triton is imported in functions of kernel files only: the package works
 where it is not installed.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"gnsfx.errors", "gnsfx.config", "gnsfx._torch"}
+LEAVES = {"gnsfx.errors", "gnsfx.config", "gnsfx._torch", "gnsfx._torch_distributed"}
 STATISTICS = {
     "gnsfx.noise.estimators",
     "gnsfx.noise.series",

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from gnsfx.batch_size.policy import BatchPolicy, Change, Stage
 from gnsfx.errors import GnsWarning, OptionError, StateError
 from gnsfx.noise.intervals import Interval
+from gnsfx.noise.noise_scale import NoiseScale
 
 SCHEMA = "gnsfx.run/1"
 UNITS = {
@@ -40,20 +41,6 @@ UNITS = {
     "g_sq": "gradient squared",
     "pair": "of this step alone: tr_sigma, g_sq, their weight (freedom) and examples",
 }
-
-
-class Noise(Protocol):
-    """What is read of :class:`gnsfx.NoiseScale`."""
-
-    @property
-    def b_simple(self) -> float: ...
-    @property
-    def tr_sigma(self) -> float: ...
-    @property
-    def g_sq(self) -> float: ...
-    @property
-    def examples(self) -> int: ...
-    def interval(self, level: float = 0.95) -> Interval: ...
 
 
 class RunLog:
@@ -102,7 +89,7 @@ class RunLog:
         self,
         *,
         step: int,
-        noise: Noise | None = None,
+        noise: NoiseScale | None = None,
         measured: Any = None,
         policy: BatchPolicy | None = None,
         examples: int | None = None,
@@ -232,7 +219,7 @@ def read_log(path: str | Path) -> Run:
 
 
 def scalars(
-    noise: Noise, policy: BatchPolicy | None = None, prefix: str = "gns", level: float = 0.95
+    noise: NoiseScale, policy: BatchPolicy | None = None, prefix: str = "gns", level: float = 0.95
 ) -> dict[str, float]:
     """Names with slashes and numbers, for TensorBoard, Weights & Biases and others; what is not known is left out.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gnsfx import leaves
+from gnsfx import unmeasured
 from gnsfx.backend import measuring
 from gnsfx.collector import Totals
 from gnsfx.errors import NotMeasuredError, OptionError, StateError
@@ -79,8 +79,11 @@ class FullSteps:
         with measuring("all" if self.full else "norm"):
             yield
 
-    def take(self, found: Totals) -> bool:
+    def take(self, found: Totals, examples: Tensor | None = None) -> bool:
         """Whether the step measured everything, from ``totals`` before they are cleared. Call it once per step.
+
+        examples: over all ranks that reached each parameter; one transfer where this rank has none in the first step, and
+        so learns from the others which the norm layers are.
 
         Raises:
             NotMeasuredError: no norm layer, or others than before; everything was measured before norm layers were known.
@@ -88,11 +91,16 @@ class FullSteps:
         pairs = list(zip(found.names, found.parameters, found.refusals, strict=True))
         measured = frozenset(name for name, _, refusal in pairs if refusal is None)
         whole = not any(
-            refusal is not None and refusal in (leaves.left_out(p), leaves.MEASURED_IN_PART) for _, p, refusal in pairs
+            refusal is not None and refusal in (unmeasured.left_out(p), unmeasured.MEASURED_IN_PART)
+            for _, p, refusal in pairs
         )
         if not measured:
             if not whole:
                 raise NotMeasuredError(NO_NORM_LAYER)
+            if self.names is None and examples is not None:
+                self.names = (
+                    frozenset(n for n, many in zip(found.names, examples.tolist(), strict=True) if many) or None
+                )
             whole = self.full  # a rank without examples: the others go by the same count
             self._steps += 1
             return whole

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gnsfx import collector, distributed
-from gnsfx._torch import is_dtensor
+from gnsfx._torch_distributed import is_dtensor
 from gnsfx.errors import OptionError
 from gnsfx.noise import estimators
 from gnsfx.noise.preconditioned import Terms

@@ -78,12 +78,14 @@ class IndependenceCheck:
         group = self.noise.process_group
         if not squares and group is None:
             raise NotMeasuredError("IndependenceCheck.step(): no backward pass ran since the last step.")
-        parameters = self.noise.measured_parameters
-        tr_sigma, freedom, like = measured.tensors
+        parameters, known = self.noise.measured()
+        like = measured.values
+        tr_sigma, _, freedom, _ = like
         within = tr_sigma / (freedom + 1)
-        units = [[one[id(p)] for p in parameters if id(p) in one] for one in squares.values()]
-        q = torch.stack([s.to(like) for unit in units for s in unit]).sum() if any(units) else like.new_zeros(())
-        share = _grad_sq(parameters, group, like)
+        nothing = like.new_zeros(())
+        units = [torch.stack([one.get(id(p), nothing).to(like) for p in parameters]) for one in squares.values() if one]
+        q = torch.where(known, torch.stack(units).sum(0), 0).sum() if units and parameters else nothing
+        share = torch.where(known, _grad_sq(parameters, group, like), 0).sum()
         sums = torch.stack([q, share, torch.full_like(q, float(len(units)))])
         if group is not None:
             sums = distributed.all_reduce(sums, group, "IndependenceCheck.step()")
@@ -131,8 +133,8 @@ class IndependenceCheck:
 
 
 def _grad_sq(parameters: list[nn.Parameter], group: object, like: Tensor) -> Tensor:
-    grads = [g for p in parameters if (g := p.grad) is not None]
+    """This rank's share of |g|^2 of each parameter."""
+    grads = [like.new_zeros(1) if p.grad is None else p.grad for p in parameters]
     if not grads:
-        return like.new_zeros(())
-    shares = squared_norms(grads) if group is None else distributed.grad_sq_shares(grads, group)
-    return shares.sum().to(like)
+        return like.new_zeros(0)
+    return (squared_norms(grads) if group is None else distributed.grad_sq_shares(grads, group)).to(like)

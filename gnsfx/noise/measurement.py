@@ -31,9 +31,9 @@ class StepMeasurement:
         return self._values
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """tr(Sigma) and the degrees of freedom, 0-d on the device, and a tensor like them."""
-        return self._total[0], self._total[2], self._total
+    def values(self) -> Tensor:
+        """[4] on the device: tr(Sigma), |G|^2, degrees of freedom, 0 where the step could not be used, and examples."""
+        return self._total
 
     @property
     def tr_sigma(self) -> float:
@@ -86,8 +86,12 @@ class StepMeasurement:
 
 def per_example(found: collector.Totals, loss_scale: float | Tensor) -> Tensor | None:
     """|c_b|^2 over all measured parameters, [n], over the micro-batches in turn; None where single norms are not kept."""
+    slots: dict[collector.Collector, list[int]] = {}
+    for places in found.places:
+        for leaf, slot in places:
+            slots.setdefault(leaf, []).append(slot)
     passes: dict[int, Tensor] = {}
-    for leaf in found.collectors:
+    for leaf, measured in slots.items():
         backwards = [backward for backward, _ in leaf.backwards(range(len(leaf.parameters)))]
         rows = [x.grad for x in leaf.per_example]
         if not rows or len(rows) != len(backwards):
@@ -95,7 +99,8 @@ def per_example(found: collector.Totals, loss_scale: float | Tensor) -> Tensor |
         for backward, row in zip(backwards, rows, strict=True):
             if row is None or (backward in passes and len(passes[backward]) != row.shape[1]):
                 return None
-            own = torch.where(row >= 0, row, 0).sum(0)  # a refused parameter has -inf
+            own = row.index_select(0, collector.index(tuple(measured), row.device))
+            own = torch.where(own >= 0, own, 0).sum(0)  # -inf where only the graph knows that it is refused
             passes[backward] = passes[backward] + own if backward in passes else own
     return torch.cat([passes[b] for b in sorted(passes)]) / loss_scale / loss_scale if passes else None
 

@@ -11,8 +11,6 @@ values, is one transfer. Steps that cannot be used are recognised on the device 
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,24 +21,20 @@ from torch.optim import Optimizer
 
 from gnsfx import collector, distributed
 from gnsfx._torch import scale_of
-from gnsfx.errors import GnsWarning, NotMeasuredError, OptionError
+from gnsfx.errors import NotMeasuredError, OptionError
 from gnsfx.noise import saved
-from gnsfx.noise.diagnostics import NOTES, list_reasons, messages
+from gnsfx.noise.diagnostics import list_reasons
 from gnsfx.noise.full_steps import FullSteps
 from gnsfx.noise.gather import CALL, Weights, device_of, gather, is_idle
-from gnsfx.noise.groups import KINDS, Grouping, GroupStats, describe, group_function, in_order, table, total
-from gnsfx.noise.intervals import Interval, check_level
+from gnsfx.noise.groups import KINDS, Grouping, group_function
 from gnsfx.noise.measurement import StepMeasurement, per_example, weights_of
-from gnsfx.noise.optimizer_noise import OptimizerNoise, OptimizerStats
-from gnsfx.noise.predict import Prediction
-from gnsfx.noise.reading import Host, Reading, read
-from gnsfx.noise.tracking import LEAST_DECAY, TOTAL, Tracked, columns_of, stats_of
-
-# Of the steps that its members know: a group that was tracked for fewer, as after loading, is summed from its members.
-_AS_LONG = 0.99
+from gnsfx.noise.optimizer_noise import OptimizerNoise
+from gnsfx.noise.reading import Host, Reading
+from gnsfx.noise.readings import Readings
+from gnsfx.noise.tracking import LEAST_DECAY, Tracked, columns_of
 
 
-class NoiseScale:
+class NoiseScale(Readings):
     """Gradient noise scale of ``model``, in total, by parameter and by group, averaged over the steps so far.
 
     Args:
@@ -111,11 +105,15 @@ class NoiseScale:
         """The ranks that share a step; None where there is one rank, or each has a step of its own."""
         return self._group or distributed.group_of(self.model)
 
-    @property
-    def measured_parameters(self) -> list[nn.Parameter]:
-        """Those that the last step measured, as far as the host knows."""
+    def measured(self) -> tuple[list[nn.Parameter], Tensor]:
+        """Those that the last step measured as far as the host knows, and where that is so on the device, [their number]."""
         left_out = {*self._host.excluded, *self._host.unselected}
-        return [p for name, p in self._host.parameters.items() if name not in left_out]
+        at = tuple(i for i, name in enumerate(self._host.parameters) if name not in left_out)
+        parameters = [*self._host.parameters.values()]
+        if self._tracked is None:
+            return [], torch.zeros(0)
+        refused = self._tracked.refused
+        return [parameters[i] for i in at], refused[collector.index(at, refused.device)] == 0
 
     def reset(self) -> None:
         """Forget all steps, for instance after warm-up."""
@@ -171,7 +169,7 @@ class NoiseScale:
             if found.values is None and (group is None or not is_idle(found) or collector.zeroed(self.model)):
                 raise NotMeasuredError(self._why_nothing(found))
             tracked = self._track(found)
-            scaled = None if self._weighing is None else (self._weighing.terms(found, self.model),)
+            scaled = None if self._weighing is None else (self._weighing.terms(found),)
         sums = gather(
             found,
             loss_scale=scale,
@@ -183,11 +181,7 @@ class NoiseScale:
             like=tracked.series,
             scaled=scaled,
         )
-        whole = self._predicting is None or self._predicting.take(found)
-        if self._predicting is not None and self._predicting.names is None:
-            # This rank had no examples: what the others measured tells the norm layers.
-            seen = zip(found.names, sums.examples.tolist(), strict=True)
-            self._predicting.names = frozenset(name for name, n in seen if n > 0) or None
+        whole = self._predicting is None or self._predicting.take(found, sums.examples)
         if whole:
             self._host.take(found, group is None, isinstance(scale, Tensor) or scale != 1)
         taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest(), self._least)
@@ -196,155 +190,13 @@ class NoiseScale:
         if self._weighing is not None and whole and sums.scaled is not None:
             self._weighing.step(sums.scaled, taken)
         norms = per_example(found, scale) if group is None and whole else None
-        measured = StepMeasurement(taken.one(whole), norms, weights_of(found, weights, self._reduction))
+        shares = None if norms is None else weights_of(found, weights, self._reduction)
+        measured = StepMeasurement(taken.one(whole), norms, shares)
         self._reading = None
         found.clear()
         if self._host.excluded:
             self._warn("coverage", self._host.coverage_text(self._host.excluded), stacklevel=4)
         return measured
-
-    @property
-    def b_simple(self) -> float:
-        """Total noise scale tr(Sigma) / |G|^2, in examples; NaN while the average of |G|^2 is not positive, or nothing was measured."""
-        return self._read().total.b_simple
-
-    @property
-    def b_simple_tokens(self) -> float:
-        """The same in tokens; NaN also where ``step`` was not told of tokens."""
-        return self.b_simple * self.tokens_per_example
-
-    def interval(self, level: float = 0.95, unit: str = "examples") -> Interval:
-        """Confidence interval of ``b_simple``: ``low`` and ``high``, inf where there is only a lower bound.
-
-        It is about the average over the memory of this object (``half_life``), and counts no drift within it as error.
-
-        Args:
-            level: probability that it holds the truth.
-            unit: ``"examples"`` or ``"tokens"``.
-
-        Raises:
-            OptionError: a level outside (0, 1), another unit.
-        """
-        check_level(level)
-        if unit not in ("examples", "tokens"):
-            raise OptionError(f'interval(unit={unit!r}): expected "examples" or "tokens".')
-        found = self._read().total.interval(level)
-        factor = 1.0 if unit == "examples" else self.tokens_per_example
-        return Interval(0.0, math.inf) if math.isnan(factor) else Interval(found.low * factor, found.high * factor)
-
-    @property
-    def tokens_per_example(self) -> float:
-        """Tokens per effective example, 1/W2 of them in a step, averaged like the rest; NaN where not told."""
-        counts = self._read().counts
-        return counts.tokens / counts.effective if counts.effective > 0 else math.nan
-
-    @property
-    def tr_sigma(self) -> float:
-        """Total variance of a per-example gradient, in units of the gradient squared; NaN if nothing was measured."""
-        return self._read().total.tr_sigma
-
-    @property
-    def g_sq(self) -> float:
-        """Squared norm of the true gradient. Unbiased: not positive means that it is not detected yet."""
-        return self._read().total.g_sq
-
-    @property
-    def steps(self) -> int:
-        """Calls of ``step`` since the start or the last ``reset``."""
-        return int(self._read().counts.steps)
-
-    @property
-    def examples(self) -> int:
-        """Examples in the steps that were used, of all ranks."""
-        return int(self._read().counts.examples)
-
-    @property
-    def skipped(self) -> int:
-        """Steps left out because a gradient or a norm was NaN or infinite."""
-        return int(self._read().counts.skipped)
-
-    @property
-    def coverage_share(self) -> float:
-        """Share of the trainable numbers that the last step measured, from 0 to 1.
-
-        Parameters without a gradient in that step are not counted as missing: there was nothing to measure.
-        """
-        return self._host.share({*self._read().excluded, *self._host.unselected}) if self._tracked else 0.0
-
-    @property
-    def prediction(self) -> Prediction | None:
-        """With ``predict_total``: the factor from the norm layers to the total, its interval, and whether it moved."""
-        return self._read().prediction
-
-    @property
-    def preconditioned(self) -> OptimizerStats:
-        """With ``optimizer``: the noise scale in its metric, with its interval and the share that is exact.
-
-        Raises:
-            OptionError: no optimizer was given.
-        """
-        if self._weighing is None:
-            raise OptionError("noise.preconditioned: give the optimizer, NoiseScale(model, optimizer=optimizer).")
-        return self._read().preconditioned
-
-    @property
-    def tr_sigma_share(self) -> float:
-        """At least this share of the tr(Sigma) of all gradients is measured, from 0 to 1.
-
-        A bound, because the variance of what is not measured is at most its squared norm: E |g|^2 >= tr Cov(g).
-        """
-        return self._read().share
-
-    def by_parameter(self) -> dict[str, GroupStats]:
-        """Statistics of each measured parameter, in the order of ``model.named_parameters()``. One transfer.
-
-        A parameter that some steps do not reach is averaged over those that do; the total counts zero for it in the others.
-        """
-        return dict(self._read().parameters)
-
-    def by_group(self, grouping: Grouping | None = None) -> dict[str, GroupStats]:
-        """Statistics of groups of parameters: numerators and denominators are summed, then divided. One transfer.
-
-        Args:
-            grouping: ``"module type"``, the class of the module that owns the parameter; ``"layer"``, that module; or a
-                mapping from group to a regular expression that is searched in the parameter's name, or to a collection of
-                names, where the first match wins and the rest is the group ``"other"``; or a callable ``(name)`` or
-                ``(name, parameter)`` that returns the group, or None to leave the parameter out. Groups go by their
-                ``str``. Default: the groups
-                given to ``NoiseScale``, else ``"module type"``.
-
-        Raises:
-            OptionError: a grouping of another kind.
-        """
-        if grouping is None:
-            grouping = self._own if self._own is not None else KINDS[0]
-        group_of = group_function(grouping, self.model)
-        reading = self._read()
-        members: dict[str, list[str]] = {}
-        for name in reading.parameters:
-            group = group_of(name, self._host.parameters[name])
-            if group is not None:
-                members.setdefault(str(group), []).append(name)
-        title = next((t for t, tracked in self._groupings.items() if tracked is grouping or tracked == grouping), None)
-        rows = {}
-        for group, names in members.items():
-            parts = [reading.parameters[name] for name in names]
-            own = reading.groups.get((title, group)) if title is not None else None
-            if own is None or own.n_eff < _AS_LONG * min(part.estimates[0].n_eff for part in parts):
-                rows[group] = total(parts)
-            else:
-                rows[group] = stats_of(own, [self._host.parameters[name] for name in names])
-        return in_order(grouping, rows)
-
-    def summary(self, grouping: Grouping | None = None) -> str:
-        """A table of the groups and the total, as text."""
-        reading = self._read()
-        lines = [table([*self.by_group(grouping).items(), (TOTAL, reading.total)])]
-        lines.append(f"B_simple in examples. {reading.describe()}")
-        if self._tracked and reading.excluded:
-            lines.append(self._host.coverage_text(reading.excluded))
-        lines += [text for kind, text in messages(reading.findings) if kind in NOTES]
-        return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later numbers depend on, as tensors and plain values; the same on all ranks."""
@@ -370,12 +222,6 @@ class NoiseScale:
             self._weighing.load(state.get("preconditioned"))
         self._tracked, self._host, self._predicting, self._reading = tracked, host, predicting, None
 
-    def __repr__(self) -> str:
-        if self._tracked is None:
-            return "NoiseScale(no step yet)"
-        reading = self._read()
-        return f"NoiseScale({describe(reading.total)}, steps={reading.counts.steps:.0f})"
-
     def _track(self, found: collector.Totals) -> Tracked:
         """The sums with a column for each trainable parameter of now: new ones start empty, the others go on."""
         parameters = dict(zip(found.names, found.parameters, strict=True))
@@ -399,21 +245,3 @@ class NoiseScale:
             return reason
         refused = {name: reason or "" for name, reason in zip(found.names, found.refusals, strict=True)}
         return f"noise.step() found no measured parameter. {list_reasons(refused)}"
-
-    def _read(self) -> Reading:
-        if self._reading is None:
-            if self._tracked is None:
-                return Reading()
-            self._reading = read(self._tracked, self._host, self._predicting, self._weighing)
-        for kind, text in messages(self._reading.findings):
-            if kind not in NOTES:
-                self._warn(kind, text)
-        if self._reading.excluded:
-            self._warn("coverage", self._host.coverage_text(self._reading.excluded))
-        return self._reading
-
-    def _warn(self, kind: str, text: str, stacklevel: int = 4) -> None:
-        """Once per kind, at the line that called ``step()`` or read a value."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(text, GnsWarning, stacklevel=stacklevel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gnsfx import collector
@@ -43,11 +43,11 @@ class OptimizerNoise:
         self.optimizer, self.power = optimizer, power
         self.series: Tensor | None = None
 
-    def terms(self, found: collector.Totals, model: nn.Module) -> Terms | None:
+    def terms(self, found: collector.Totals) -> Terms | None:
         """The terms of this step; None before the optimizer's first update."""
         if found.values is None:
             return None  # one of several ranks, without examples
-        return terms(found, collector.entry_sums(model), self.optimizer, self.power)
+        return terms(found, collector.entry_sums(found), self.optimizer, self.power)
 
     def step(self, scaled: Tensor, taken: Taken) -> None:
         """Take in a step. ``scaled``: q_P, |g|_P^2 and 1 where they are exact, [3, P], NaN where P is not known."""

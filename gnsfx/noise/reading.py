@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gnsfx import collector, leaves
+from gnsfx import collector, unmeasured
 from gnsfx.noise import predict
 from gnsfx.noise.diagnostics import Findings, list_reasons
 from gnsfx.noise.full_steps import FullSteps
@@ -60,7 +60,7 @@ class Host:
         # Its gradient may be zeros from zero_grad(set_to_none=False), or of another rank: only the device knows.
         self.unreached = {name for name, reason in gaps.items() if reason == collector.UNREACHED}
         gaps = {name: reason for name, reason in gaps.items() if name not in self.unreached}
-        self.unselected = {name for name in gaps if leaves.left_out(self.parameters[name]) is not None}
+        self.unselected = {name for name in gaps if unmeasured.left_out(self.parameters[name]) is not None}
         self.excluded = {name: reason for name, reason in gaps.items() if name not in self.unselected}
 
     def share(self, left_out: set[str]) -> float:

@@ -9,7 +9,6 @@ whether the average lags behind, and ``missing``, an upper bound of tr(Sigma) of
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gnsfx.collector import index
 from gnsfx.noise import estimators, series
 from gnsfx.noise.gather import Sums
 from gnsfx.noise.groups import Grouping, GroupStats, group_function
@@ -93,11 +93,6 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@functools.lru_cache(maxsize=64)
-def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(positions, device=device)  # cached: copying it to a GPU would wait for the GPU
-
-
 class Taken(NamedTuple):
     """A step as it was taken in: (tr(Sigma), |G|^2, freedom) of every parameter [3, P] and of all of them [3], the number of
     examples and the factor on everything older, both 0-d."""
@@ -111,7 +106,7 @@ class Taken(NamedTuple):
     def of(self, names: Collection[str] | None) -> Tensor:
         """The pair and the freedom of some parameters together, [3]."""
         at = tuple(i for i, name in enumerate(self.names) if name in (names or ()))
-        own = self.values.index_select(1, _index(at, self.values.device))
+        own = self.values.index_select(1, index(at, self.values.device))
         return torch.cat([own[:2].sum(1), own[2:].amax(1) if at else own.new_zeros(1)])
 
     def one(self, whole: bool) -> Tensor:
@@ -175,7 +170,7 @@ class Tracked:
         grouped = self._grouped(values, sums, effective)
         total = grouped[:, 0].clone()
         if left_out:
-            grouped[2].index_fill_(0, _index(self.columns.groups_with(left_out), values.device), 0)
+            grouped[2].index_fill_(0, index(self.columns.groups_with(left_out), values.device), 0)
         usual = estimators.half_life_of(decay, n)
         self.half_life = torch.where(self.half_life > 0, self.half_life, usual)
         forget = estimators.step_decay(n, torch.where(self.half_life > 0, self.half_life, 1)).clamp(min=least_decay)
@@ -209,7 +204,7 @@ class Tracked:
 
     def _grouped(self, values: Tensor, sums: Sums, effective: Tensor) -> Tensor:
         """Sums over the members of each group [3, K]; the freedom is that of the member with most."""
-        who, where = (_index(positions, values.device) for positions in self.columns.members)
+        who, where = (index(positions, values.device) for positions in self.columns.members)
         K = len(self.columns.groups)
         added = values.new_zeros(2, K).index_add_(1, where, values[:2, who])
         most = values.new_zeros(K).scatter_reduce_(0, where, values[2, who], "amax")

@@ -41,11 +41,6 @@ def agree(model: nn.Module, *calls: Call) -> None:
 
 
 @pytest.fixture
-def model() -> nn.Module:
-    return zoo.GPT(layers=1).double()
-
-
-@pytest.fixture
 def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="gns", options=OPTIONS)
 

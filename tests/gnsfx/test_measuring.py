@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gnsfx
-from gnsfx import backend, collector, leaves
+from gnsfx import backend, collector, leaves, unmeasured
 from gnsfx.errors import NotMeasuredError, OptionError
 from tests import oracle, zoo
 
@@ -92,7 +92,7 @@ def test_alternating_steps(make: Callable[..., nn.Module], order: str, set_to_no
         else:
             check(model, every if selection == "all" else norms, *calls)
         if selection == "norm" and "all" in compiles:
-            assert reasons(model) <= {leaves.NOT_SELECTED, "not selected by gns.params='norm'"}
+            assert reasons(model) <= {unmeasured.NOT_SELECTED, "not selected by gns.params='norm'"}
             status = {row.name: row.status for row in gnsfx.coverage(model)}
             assert status == {n: "measured" if n in norms else "unused" for n in every}
     names = {"off": "nothing"}
@@ -112,7 +112,7 @@ def test_micro_batches_of_one_step_measured_differently(order: tuple[Any, Any]) 
         for selection, call in zip(order, calls, strict=True):
             backward(compiled, selection, call)
         if False in order:
-            assert reasons(model) <= {leaves.FOREIGN, leaves.MEASURED_IN_PART}
+            assert reasons(model) <= {unmeasured.FOREIGN, unmeasured.MEASURED_IN_PART}
             with pytest.raises(NotMeasuredError):
                 gnsfx.sq_norms(model)
         else:
@@ -174,7 +174,7 @@ def test_graphs_without_a_norm_layer(compiles: Compiles) -> None:
         call = batch()
         backward(compiled, selection, call)
         check(model, every if selection == "all" else norms_of(model), call)
-        assert reasons(model) <= {leaves.NOT_SELECTED}
+        assert reasons(model) <= {unmeasured.NOT_SELECTED}
     assert sorted(compiles) == 3 * ["all"] + 3 * ["norm"]
 
 

@@ -270,17 +270,17 @@ def test_planted_permutation_of_examples(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_planted_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gnsfx.passes.measure import Measurer
+    from gnsfx.passes.stacks import Stacks
 
-    right = Measurer._replace_by_sum
+    right = Stacks.replace_by_sum
 
     def wrong(self: Any, node: Any, stack: Any) -> None:
         right(self, node, stack)
-        old, value = self._replacements.pop()
+        old, value = self.replacements.pop()
         with self.emit.at(old):
-            self._replacements.append((old, self.emit(torch.ops.aten.mul.Tensor, value, 1 + 1e-9)))
+            self.replacements.append((old, self.emit(torch.ops.aten.mul.Tensor, value, 1 + 1e-9)))
 
-    monkeypatch.setattr(Measurer, "_replace_by_sum", wrong)
+    monkeypatch.setattr(Stacks, "replace_by_sum", wrong)
     with pytest.raises(VerificationError, match=r"a\.bias: p\.grad is off by"):
         verify(gns(MLP()), torch.randn(B, 3), loss=lambda y: y.square().sum(1))
 

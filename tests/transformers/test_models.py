@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="an optional extra: make test-models")
 
 from tests.transformers.compare import compare
 from tests.transformers.models import MODELS

@@ -34,6 +34,7 @@ class OneByOne:
         return collector.Totals([n for n, _ in rows], [p for _, p in rows], reasons, values, [self], self.sizes)
 
     parameters = per_example = ()
+    left_over = None
 
     def backwards(self, slots):
         return []

@@ -64,3 +64,32 @@ def test_hooks_go_with_close():
         warnings.simplefilter("error")
         model(torch.ones(3, 2)).sum().backward()
     assert not check._squares
+
+
+def test_what_the_step_did_not_measure_counts_on_neither_side():
+    """In a run where a result of a parameter alone is used outside, only the device knows that it is refused."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.out = nn.Parameter(torch.ones(4)), nn.Linear(4, 2)
+            nn.init.constant_(self.out.weight, 5.0)  # most of the noise is in scale
+
+        def forward(self, x):
+            return self.out(x * self.scale), self.scale.square()
+
+    model = Net()
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager"})
+    noise = NoiseScale(model)
+    check = IndependenceCheck(noise)
+    for _ in range(40):
+        for _ in range(4):
+            found, squares = compiled(torch.randn(12, 4))
+            ((found - torch.randn(12, 2)).square().mean() + 30 * squares.sum()).div(4).backward()
+        measured = noise.step()
+        assert float(noise._tracked.refused.sum()) == 1
+        check.step(measured)
+        model.zero_grad()
+    low, high = check.interval(0.999)
+    assert low < 1 < high < 1.5

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gnsfx import collector, leaves
+from gnsfx import collector, unmeasured
 from gnsfx.errors import GnsError, GnsWarning, NotMeasuredError, OptionError
 from gnsfx.noise import estimators
 from gnsfx.noise.intervals import one_step
@@ -235,7 +235,7 @@ def test_a_refusal_known_to_the_compiled_graph_only(source, model):
 
 
 def test_what_the_user_left_out_is_no_reason_to_warn(source, model, monkeypatch):
-    monkeypatch.setattr(leaves, "left_out", lambda parameter: "not selected" if parameter.ndim > 1 else None)
+    monkeypatch.setattr(unmeasured, "left_out", lambda parameter: "not selected" if parameter.ndim > 1 else None)
     source.refused = dict.fromkeys(("0.weight", "2.weight"), "no compiled graph measures it")
     noise = NoiseScale(model)
     next(run(source, model, noise, [8]))
@@ -490,3 +490,18 @@ def test_examples_that_do_not_reach_a_parameter_have_contributions_of_zero():
     one = NoiseScale(compiled).step()
     assert (one.tr_sigma, one.g_sq) == pytest.approx(((8 * q - g) * 8 / 7, (g - q) * 8 / 7), rel=1e-9)
     assert one.examples == 8
+
+
+def test_one_step_takes_the_norms_of_what_it_measured_only():
+    """A parameter with a part from eager code is refused by the host: the graph knows nothing of it, and keeps its rows."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)), data(32)
+    compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager", "gns.per_example": True})
+    (F.mse_loss(compiled(x), y) + model[0].weight.square().sum()).backward()
+    with pytest.warns(GnsWarning, match="1 of 6 trainable parameters"):
+        measured = NoiseScale(model).step()
+    kept = [p for name, p in model.named_parameters() if name != "0.weight"]
+    losses = [F.mse_loss(model(x[b]), y[b]) / 32 for b in range(32)]
+    rows = [sum(float(g.square().sum()) for g in torch.autograd.grad(loss, kept)) for loss in losses]
+    grad_sq = sum(float(p.grad.square().sum()) for p in kept)
+    assert measured.interval() == pytest.approx(one_step(rows, grad_sq), rel=1e-3)

@@ -46,7 +46,7 @@ def measured(
 ) -> dict[str, tuple[float, float, bool]]:
     """Name -> q_W, |g|_W^2, exact."""
     found = collector.totals(model)
-    pair = terms(found, collector.entry_sums(model) if kept else {}, optimizer, power)
+    pair = terms(found, collector.entry_sums(found) if kept else {}, optimizer, power)
     assert isinstance(pair, Terms)
     names = [n for n, reason in zip(found.names, found.refusals, strict=True) if reason is None]
     return dict(zip(names, zip(*(row.tolist() for row in pair), strict=True), strict=True))
@@ -195,9 +195,9 @@ def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
     batch()(torch.compile(model, backend="gns", options=OPTIONS)).mean().backward()
     with NoReading():
         found = collector.totals(model)
-        pair = terms(found, collector.entry_sums(model), optimizer)
+        pair = terms(found, collector.entry_sums(found), optimizer)
     monkeypatch.undo()
-    again = terms(found, collector.entry_sums(model), optimizer)
+    again = terms(found, collector.entry_sums(found), optimizer)
     for one, other in zip(pair, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=0)  # 1 - beta^t in float32
 
