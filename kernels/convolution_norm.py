@@ -3,22 +3,26 @@
     grad_output [B, R, O, *out], input [B, R, C, *in], weight [O, C/groups, *kernel]
         ->  grad_weight (as weight), sq_norms [B]
 
-R rows of the convolution's batch belong to one example, usually one. A transposed weight is [C, O/groups, *kernel].
-Every method yields per-example gradients [chunk, *weight.shape], which are squared and added while in the cache.
+R rows of the convolution's batch belong to one example; without that dimension one row does. A transposed weight is [C, O/groups, *kernel].
+On a CPU with a C++ compiler the per-example gradients of most convolutions live in registers only, see
+``native/convolution.cpp`` and ``native/depthwise.cpp``. Every other method yields them [chunk, *weight.shape], squared and added while in the cache.
 """
 
+import ctypes
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
 from gnsfx.kernels.mm_norm import mm_sq_norm
-from gnsfx.kernels.tiling import budget_for, convolution_method, example_chunk
+from gnsfx.kernels.tiling import FEW_CHANNELS, budget_for, convolution_method, example_chunk
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,13 @@ def convolution_sq_norm(
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient in shape and dtype of ``weight`` (examples added in fp32 or fp64) and squared norms [B]."""
     dims = weight.dim() - 2
+    if grad_output.dim() == weight.dim():
+        grad_output, input = grad_output.unsqueeze(1), input.unsqueeze(1)
     lists = (tuple(p) * dims if len(p) == 1 else tuple(p) for p in (stride, padding, dilation, output_padding))
     stride, padding, dilation, output_padding = lists
     convolution = _Convolution(stride, padding, dilation, transposed, output_padding, groups)
+    if found := _in_registers(grad_output, input, weight, convolution):
+        return found
     positions = math.prod((input if transposed else grad_output).shape[3:])
     method = convolution_method(weight.shape, stride, padding, dilation, transposed, groups, positions)
     if method == "matmul":
@@ -73,6 +81,49 @@ def convolution_sq_norm(
         sq_norms.append(square_sums(products.flatten(1)))
         grad.add_(products[0] if len(products) == 1 else products.sum(0))
     return grad.to(weight.dtype), torch.cat(sq_norms) if sq_norms else grad.new_zeros(0)
+
+
+_Shape = ctypes.c_int64 * 27
+_NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def _in_registers(
+    grad_output: Tensor, input: Tensor, weight: Tensor, convolution: _Convolution
+) -> tuple[Tensor, Tensor] | None:
+    """By a C++ kernel, where there is one and it knows this convolution."""
+    dims, groups, tensors = weight.dim() - 2, convolution.groups, (grad_output, input, weight)
+    if dims > 2 or not all(t.is_cpu and t.dtype == weight.dtype and t.numel() for t in tensors):
+        return None
+    # A transposed convolution is the adjoint of a convolution, in which input and output change places.
+    inner, outer = (input, grad_output) if convolution.transposed else (grad_output, input)
+    source = source_of(weight.shape, groups)
+    kernel = _kernel(source, weight.dtype)
+    if kernel is None:
+        return None
+    lists = convolution.stride, convolution.padding, convolution.dilation
+    numbers = [(first, *rest) if dims == 2 else (n, first) for n, (first, *rest) in zip((1, 0, 1), lists, strict=True)]
+    if dims == 1:
+        inner, outer, weight = inner.unsqueeze(3), outer.unsqueeze(3), weight.unsqueeze(2)
+    grad, sq_norms = torch.empty(weight.shape, dtype=torch.float32), torch.zeros(len(inner), dtype=torch.float32)
+    apart = 1 if source == "depthwise" else groups
+    for g, x, part in zip(inner.chunk(apart, 2), outer.chunk(apart, 2), grad.chunk(apart), strict=True):
+        sizes = (*g.shape, *x.shape[2:], *weight.shape[2:], *numbers[0], *numbers[1], *numbers[2])
+        shape = _Shape(*sizes, *g.stride(), *x.stride(), groups // apart)
+        norms = torch.empty_like(sq_norms)
+        pointers = (t.data_ptr() for t in (x, g, part, norms))
+        kernel(ctypes.addressof(shape), *pointers, torch.get_num_threads())
+        sq_norms += norms
+    return (grad if dims == 2 else grad.squeeze(2)).to(weight.dtype), sq_norms
+
+
+def source_of(weight: Sequence[int], groups: int) -> str:
+    """Which of the C++ sources has the kernel for weights of this shape; a transposed one has the outputs of a group second."""
+    return "depthwise" if groups > 1 and weight[1] <= FEW_CHANNELS else "convolution"
+
+
+def _kernel(source: str, dtype: torch.dtype) -> Any:
+    name = _NATIVE.get(dtype)
+    return native.function(f"{source}.cpp", f"{source}_sq_norm_{name}", dtype) if name else None
 
 
 def _patch_matmul(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,21 +9,31 @@ Times are sums over resources, not their maximum: the kernels of a path run one 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gnsfx.kernels.tiling import budget_for, convolution_method, example_chunk, gram_tiles, head_method, matmul_tiles
+from gnsfx.kernels.machine import Machine
+from gnsfx.kernels.tiling import (
+    FEW_CHANNELS,
+    FEW_POSITIONS,
+    budget_for,
+    convolution_method,
+    example_chunk,
+    gram_tiles,
+    matmul_tiles,
+)
 
 
 @dataclass(frozen=True)
 class Cost:
     """Work and memory of one path.
 
-    Only flops of matrix multiplies count; other arithmetic hides behind its bytes. ``flops`` run in the dtype of the
-    model, ``accumulate_flops`` in fp32 or fp64 (Grams of bf16, for one). ``bytes`` pass through memory, ``cache_bytes``
-    through a scratch buffer that the tiles keep in the cache. ``memory`` is what the path allocates beyond its inputs
-    and the gradient, ``calls`` how many torch operations it dispatches.
+    flops: of matrix multiplies in the dtype of the model; other arithmetic hides behind its bytes.
+    accumulate_flops: the same in fp32 or fp64 (Grams of bf16, for one). fused_flops: the same in our own kernel.
+    operands, results: bytes that these multiplies read and write.
+    bytes: through memory; cache_bytes: through a buffer that stays in the cache.
+    calls: torch operations dispatched. memory: what is allocated beyond inputs and gradient.
     """
 
     flops: float = 0
@@ -32,90 +42,58 @@ class Cost:
     calls: float = 0
     accumulate_flops: float = 0
     cache_bytes: float = 0
+    fused_flops: float = 0
+    operands: float = 0
+    results: float = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         """One after the other: work adds up, memory is the larger of the two."""
-        return Cost(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            max(self.memory, other.memory),
-            self.calls + other.calls,
-            self.accumulate_flops + other.accumulate_flops,
-            self.cache_bytes + other.cache_bytes,
-        )
+        both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)}
+        return Cost(**both | {"memory": max(self.memory, other.memory)})
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Rates of one device, per second. ``measured`` is false where the numbers are arithmetic from data sheets.
-
-    ``fresh_bandwidth`` is the rate at which an allocator maps new pages; allocations up to ``reused_bytes`` are
-    recycled and cost nothing.
-    """
-
-    flops_fp32: float
-    flops_bf16: float
-    flops_fp64: float
-    bandwidth: float
-    cache_bandwidth: float
-    call_seconds: float
-    measured: bool
-    mixed_matmul: bool = False
-    reused_bytes: float = math.inf
-    fresh_bandwidth: float = math.inf
-
-    def flops(self, dtype: torch.dtype) -> float:
-        """Rate of matrix multiplies of this dtype."""
-        return {torch.float64: self.flops_fp64, torch.float32: self.flops_fp32}.get(dtype, self.flops_bf16)
-
-    def accumulate_flops(self, dtype: torch.dtype) -> float:
-        """Rate of matrix multiplies of this dtype whose result must not be rounded to it."""
-        if self.mixed_matmul or dtype in (torch.float32, torch.float64):
-            return self.flops(dtype)
-        return self.flops_fp32
+def amounts(cost: Cost, machine: Machine, dtype: torch.dtype) -> dict[str, float]:
+    """Work by the constant of the machine that it is done at: seconds are the sum of amount / constant."""
+    own = {torch.float64: "flops_fp64", torch.float32: "flops_fp32"}.get(dtype, "flops_bf16")
+    if dtype == torch.float16 and not machine.mixed_matmul:  # a CPU has units for bf16 only
+        own = "flops_fp32"
+    accumulate = own if machine.mixed_matmul or own != "flops_bf16" else "flops_fp32"
+    work = {own: cost.flops, own.replace("flops", "fused"): cost.fused_flops}
+    work[accumulate] = work.get(accumulate, 0) + cost.accumulate_flops
+    return work | {
+        "operand_bytes": cost.operands,
+        "result_bytes": cost.results,
+        "bandwidth": cost.bytes,
+        "cache_bandwidth": cost.cache_bytes,
+        "calls": cost.calls,
+        "fresh_bandwidth": cost.memory if cost.memory > machine.reused_bytes else 0,
+    }
 
 
-MACHINES: Mapping[str, Machine] = {
-    # Fitted to 50 shapes in fp32 and bf16 on 2 threads of a Zen 5 server, torch 2.13 (test_cost.py keeps 44 of the
-    # 100 rows). On 24 others the choice took 1.04 times the best on average, 1.57 at worst.
-    # The last two are glibc: blocks above 32 MiB go back to the kernel at once, and every page faults again.
-    "cpu": Machine(
-        flops_fp32=225e9,
-        flops_bf16=900e9,
-        flops_fp64=110e9,
-        bandwidth=60e9,
-        cache_bandwidth=110e9,
-        call_seconds=1.5e-6,
-        measured=True,
-        reused_bytes=32 << 20,
-        fresh_bandwidth=3.4e9,
-    ),
-    # H200, modelled: tensor-core bf16 and HBM as in data sheets less the usual losses, never timed by us. Calls are
-    # queued ahead of the device, so most of their host time is hidden.
-    "cuda": Machine(
-        flops_fp32=50e12,
-        flops_bf16=790e12,
-        flops_fp64=50e12,
-        bandwidth=4.3e12,
-        cache_bandwidth=4.3e12,
-        call_seconds=1e-6,
-        measured=False,
-        mixed_matmul=True,
-    ),
-}
+KINDS = {"calls": "calls", "fresh_bandwidth": "memory"}
+"""Of the constants; what is not here is "flops" or "bytes" by its name."""
+
+
+def parts(cost: Cost, machine: Machine, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds by what they are spent on: "flops", "bytes" (through memory, cache and multiplies), "calls", "memory" (new pages)."""
+    spent: dict[str, float] = dict.fromkeys(("flops", "bytes", "calls", "memory"), 0.0)
+    for name, amount in amounts(cost, machine, dtype).items():
+        if amount:
+            spent[KINDS.get(name, "flops" if name.startswith(("flops", "fused")) else "bytes")] += amount / getattr(
+                machine, name
+            )
+    return spent
 
 
 def seconds(cost: Cost, machine: Machine, dtype: torch.dtype) -> float:
     """Time of a path on a machine, for a model of this dtype."""
-    fresh = cost.memory / machine.fresh_bandwidth if cost.memory > machine.reused_bytes else 0.0
-    return (
-        cost.flops / machine.flops(dtype)
-        + cost.accumulate_flops / machine.accumulate_flops(dtype)
-        + cost.bytes / machine.bandwidth
-        + cost.cache_bytes / machine.cache_bandwidth
-        + cost.calls * machine.call_seconds
-        + fresh
-    )
+    return sum(parts(cost, machine, dtype).values())
+
+
+def bound(cost: Cost, machine: Machine, dtype: torch.dtype) -> str:
+    """What most of the time is spent on: a key of ``parts``."""
+    spent = parts(cost, machine, dtype)
+    return max(spent, key=lambda name: spent[name])
 
 
 def cheapest(paths: Mapping[str, Cost], machine: Machine, dtype: torch.dtype, memory_cap: float = math.inf) -> str:
@@ -126,36 +104,59 @@ def cheapest(paths: Mapping[str, Cost], machine: Machine, dtype: torch.dtype, me
     return min(allowed, key=lambda name: seconds(allowed[name], machine, dtype))
 
 
+LAST_CACHE = 32 << 20
+"""Bytes of a stack that is still in some cache when it is read."""
+NATIVE_SCRATCH = 3 << 19
+"""Bytes in which our own kernel packs, of one thread."""
+DEPTHWISE_SUMS = 16
+"""In how many sums the kernel of depthwise convolutions adds examples up."""
+SQUARE_ROWS = 3
+"""To square and add the products of one example takes our own kernel as long as so many positions more."""
+
+
+def gemm(batch: int, M: int, N: int, K: int, itemsize: int) -> Cost:
+    """[batch, M, K] times [batch, K, N]."""
+    read, written = itemsize * batch * K * (M + N), itemsize * batch * M * N
+    return Cost(flops=2 * batch * M * N * K, operands=read, results=written, calls=1)
+
+
 def plain_matmul(B: int, E: int, T: int, I: int, O: int, itemsize: int) -> Cost:
     """The weight gradient [E, I, O] alone, without norms."""
-    return Cost(flops=2 * B * E * T * I * O, bytes=itemsize * E * (B * T * (I + O) + I * O), calls=1)
+    return gemm(E, I, O, B * T, itemsize)
 
 
-def matmul_paths(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str = "cpu") -> dict[str, Cost]:
-    """Gradient [E, I, O] and norms [B] of x [B, E, T, I], g [B, E, T, O].
+def matmul_paths(
+    B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str = "cpu", native: bool = False
+) -> dict[str, Cost]:
+    """Gradient [E, I, O] and norms [B] of x [B, E, T, I], g [B, E, T, O]; the gradient alone under "plain".
 
     "outer"        T == 1: ||x_b||^2 ||g_b||^2 beside the plain matmul (E == 1, or a sum over E of such products)
     "materialise"  bmm to [B, E, I, O] in the graph, summed and squared by the inner compiler
-    "chunked"      the op ``mm_sq_norm``
+    "fused"        the op ``mm_sq_norm``: one ``native`` kernel, or products in a buffer that stays in the cache
     "ghost"        the plain matmul and the op ``ghost_sq_norm``
+
+    A gradient of 16 bits is not made of rounded products: "materialise", and "fused" without our own kernel, multiply twice.
     """
     plain = plain_matmul(B, E, T, I, O, itemsize)
-    paths = {"materialise": _materialise(B, E, T, I, O, itemsize, device_type)}
-    paths["chunked"] = plain + _chunked(B, E, I, O, itemsize, device_type)
-    paths["ghost"] = plain + _ghost(B, E, T, I, O, itemsize, device_type)
+    beside = plain if itemsize < 4 else Cost()
+    paths = {"plain": plain}
+    paths["materialise"] = beside + _materialise(B, E, T, I, O, itemsize, device_type)
+    paths["fused"] = (Cost() if native else beside) + _fused(B, E, T, I, O, itemsize, device_type, native)
+    few = native and 1 < T <= FEW_POSITIONS and itemsize >= 4
+    paths["ghost"] = plain + (_few(B, E, T, I, O) if few else _ghost(B, E, T, I, O, itemsize, device_type))
     if T == 1:
-        paths["outer"] = plain + Cost(bytes=itemsize * B * E * (I + O), calls=1)
+        paths["outer"] = plain + Cost(bytes=itemsize * B * E * (I + O))
     return paths
 
 
 def embedding_paths(B: int, T: int, D: int, V: int, itemsize: int, device_type: str = "cpu") -> dict[str, Cost]:
-    """Gradient [V, D] and norms [B] of ids [B, T], g [B, T, D].
+    """Gradient [V, D] and norms [B] of ids [B, T], g [B, T, D]; the gradient alone under "plain".
 
     "outer"     T == 1: no id can repeat, s_b = ||g_b||^2
     "segments"  the op ``embedding_sq_norm``
     """
     plain = Cost(bytes=itemsize * (B * T * D + 2 * V * D), calls=2)
-    paths = {"segments": plain + _segments(B, T, D, itemsize, device_type)}
+    paths = {"plain": plain, "segments": plain + segments(B, T, D, itemsize, device_type)}
     if T == 1:
         paths["outer"] = plain + Cost(bytes=itemsize * B * D, calls=1)
     return paths
@@ -173,10 +174,12 @@ def convolution_paths(
     groups: int,
     itemsize: int,
     device_type: str = "cpu",
+    native: bool = False,
 ) -> dict[str, Cost]:
     """Gradient of ``weight`` and norms [B]; ``out`` is the grid that the kernel visits (a transposed one's input).
 
-    "per_example"  the op ``convolution_sq_norm``, which picks its own method
+    "plain"        the gradient alone
+    "convolution"  the op ``convolution_sq_norm``, which picks its own method; ``native`` if there is our own kernel
     """
     n, positions = math.prod(weight), math.prod(out)
     read = itemsize * B * R * positions * (weight[0] + weight[1] * groups)
@@ -186,53 +189,57 @@ def convolution_paths(
     rounds = B if method == "loop" else -(-B // chunk)
     per_round = math.prod(weight[2:]) * 3 if method == "taps" else 12
     memory = n * accumulate * (1 if method == "loop" else chunk)
-    work = Cost(2 * B * R * positions * n, read, memory, 10 + rounds * per_round)
-    return {"per_example": work + Cost(cache_bytes=_accumulate_bytes(itemsize) * B * n)}
+    plain = Cost(2 * B * R * positions * n, read, 0, 1)
+    if native and len(out) <= 2 and itemsize <= 4:  # in registers, as mm_sq_norm
+        few = groups > 1 and weight[1] <= FEW_CHANNELS
+        sums, calls = (n * min(B, DEPTHWISE_SUMS), 1) if few else (n, groups)
+        own = replace(plain, flops=0, fused_flops=plain.flops, memory=NATIVE_SCRATCH + accumulate * sums, calls=calls)
+        return {"plain": plain, "convolution": own if itemsize == 4 else plain + own}
+    squares = Cost(memory=memory, calls=10 + rounds * per_round, cache_bytes=_accumulate_bytes(itemsize) * B * n)
+    return {"plain": plain, "convolution": plain + squares}
 
 
 def reduction_paths(B: int, T: int, N: int, itemsize: int) -> dict[str, Cost]:
     """Gradient [N] and norms [B] of a sum over examples and positions of [B, T, N] (bias, norm scale and shift).
 
-    "materialise"  partial sums [B, N] in the graph, then their sum and their squares
+    "plain"      the sum alone
+    "reduction"  partial sums [B, N] in the graph, then their sum and their squares
     """
     partial = B * N * _accumulate_itemsize(itemsize)
-    return {"materialise": Cost(0, itemsize * B * T * N + 3 * partial, partial, calls=3)}
+    plain = Cost(bytes=itemsize * B * T * N, calls=1)
+    return {"plain": plain, "reduction": plain + Cost(cache_bytes=3 * partial, memory=partial)}
 
 
-def tied_paths(B: int, S: int, T: int, D: int, V: int, itemsize: int, device_type: str = "cpu") -> dict[str, Cost]:
-    """Gradient [V, D] and norms [B] of a table used as embedding (ids [B, S]) and as head (x [B, T, D], h [B, T, V]).
-
-    "tied"  both plain gradients and the op ``tied_sq_norm``
-    """
-    plain = plain_matmul(B, 1, T, D, V, itemsize) + Cost(bytes=itemsize * (B * S * D + 2 * V * D), calls=2)
-    accumulate = _accumulate_itemsize(itemsize)
-    rounded = device_type == "cpu" and itemsize < accumulate
-    if head_method(T, D, V, rounded) == "ghost":
-        head = _ghost(B, 1, T, D, V, itemsize, device_type)
-    else:
-        head = Cost(flops=plain.flops) + _chunked(B, 1, D, V, itemsize, device_type)
-    picked = B * S * T * accumulate
-    cross = Cost(0, 0, min(picked, budget_for(device_type)), 12, 2 * B * S * T * D, 4 * picked)
-    return {"tied": plain + head + _segments(B, S, D, itemsize, device_type) + cross}
+def tied_rest(B: int, S: int, T: int, D: int, itemsize: int, device_type: str = "cpu") -> Cost:
+    """What a table adds to its head (x [B, T, D]) when it is an embedding too (ids [B, S]): segments and ``tied_cross``."""
+    picked = B * S * T * _accumulate_itemsize(itemsize)
+    scratch = min(picked, budget_for(device_type))
+    cross = Cost(memory=scratch, calls=12, accumulate_flops=2 * B * S * T * D, cache_bytes=4 * picked)
+    return segments(B, S, D, itemsize, device_type) + cross
 
 
 def _materialise(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str) -> Cost:
     """Products are written once and read twice: Inductor does not fuse two reductions of [B, I, O] into one loop."""
-    plain = plain_matmul(B, E, T, I, O, itemsize)
     memory = B * E * I * O * itemsize
-    cached = memory <= budget_for(device_type)
-    bytes = 0 if cached else 3 * memory
-    return plain + Cost(0, bytes, memory, 2, 0, 3 * memory if cached else 0)
+    passes = memory if itemsize < 4 else 2 * memory
+    cached = memory <= LAST_CACHE
+    read = Cost(cache_bytes=passes, calls=2) if cached else Cost(bytes=passes, calls=2)
+    return gemm(B * E, I, O, T, itemsize) + read + Cost(memory=memory)
 
 
-def _chunked(B: int, E: int, I: int, O: int, itemsize: int, device_type: str) -> Cost:
-    """What ``mm_sq_norm`` adds to its multiplies."""
+def _fused(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str, native: bool) -> Cost:
+    """What ``mm_sq_norm`` costs in all."""
     accumulate = _accumulate_itemsize(itemsize)
+    if native:
+        work = gemm(E, I, O, B * T, itemsize)
+        flops = 2 * B * E * I * O * (T + SQUARE_ROWS)
+        return replace(work, flops=0, fused_flops=flops, memory=NATIVE_SCRATCH + 512 * B * E, calls=2)
     tiles = matmul_tiles(B, E, I, O, accumulate, budget_for(device_type))
     calls = tiles.calls(B, E, I, O)
     tile = tiles.examples * tiles.contractions * tiles.rows * tiles.columns
-    memory = tile * (accumulate + (itemsize if itemsize < accumulate else 0)) + E * I * O * accumulate
-    return Cost(0, 0, memory, 18 + 12 * calls, 0, _accumulate_bytes(itemsize) * B * E * I * O)
+    memory = tile * (accumulate + (itemsize if itemsize < accumulate else 0))
+    squares = Cost(0, 0, memory, 10 + 4 * calls + B * E, 0, _accumulate_bytes(itemsize) * B * E * I * O)
+    return gemm(B * E, I, O, T, itemsize) + squares
 
 
 def _ghost(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str) -> Cost:
@@ -240,17 +247,39 @@ def _ghost(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: s
     accumulate = _accumulate_itemsize(itemsize)
     tiles = gram_tiles(B, E, T, accumulate, budget_for(device_type))
     calls = tiles.calls(B, E, T)
-    blocks = -(-T // tiles.positions)
-    entries = B * E * T * T * (blocks + 1) / (2 * blocks)
+    S = tiles.positions
+    blocks = -(-T // S)
+    pairs = blocks * (blocks + 1) // 2
+    product = gemm(B * E * pairs, S, S, I, accumulate) + gemm(B * E * pairs, S, S, O, accumulate)
     upcast = device_type == "cpu" and itemsize < accumulate
-    read = B * E * T * (I + O) * (blocks + 1) / 2
-    memory = 2 * tiles.examples * tiles.contractions * tiles.positions**2 * accumulate
-    cache_bytes = 4 * accumulate * entries + (read * (itemsize + 2 * accumulate) if upcast else 0)
-    bytes = 0 if upcast else read * itemsize
-    return Cost(0, bytes, memory, 12 + calls * (20 if upcast else 8), 2 * entries * (I + O), cache_bytes)
+    copied = product.operands * (1 + itemsize / accumulate) if upcast else 0.0
+    memory = 2 * tiles.examples * tiles.contractions * S**2 * accumulate
+    rest = Cost(memory=memory, calls=6 + calls * (12 if upcast else 5), cache_bytes=1.5 * product.results + copied)
+    return replace(product, flops=0, accumulate_flops=product.flops, calls=0) + rest
 
 
-def _segments(B: int, T: int, D: int, itemsize: int, device_type: str) -> Cost:
+def _few(B: int, E: int, T: int, I: int, O: int) -> Cost:
+    """What ``ghost_sq_norm`` costs in our own kernel: half of the Grams, from factors in a cache."""
+    return Cost(accumulate_flops=2 * B * E * T * T * (I + O), calls=3)
+
+
+def gram(B: int, E: int, T: int, K: int, itemsize: int, device_type: str = "cpu") -> Cost:
+    """What the op ``gram`` costs, for T of one block: [B, E, T, T] of x [B, E, T, K]."""
+    accumulate = _accumulate_itemsize(itemsize)
+    product = gemm(B * E, T, T, K, accumulate)
+    upcast = device_type == "cpu" and itemsize < accumulate
+    copied = product.operands * (1 + itemsize / accumulate) if upcast else 0.0
+    work = replace(product, flops=0, accumulate_flops=product.flops, calls=8 if upcast else 3)
+    return work + Cost(memory=product.results, cache_bytes=copied)
+
+
+def with_gram(B: int, E: int, T: int, K: int, itemsize: int, device_type: str = "cpu") -> Cost:
+    """What the op ``gram_sq_norm`` costs: the Gram of the other factor [B, E, T, K], times the one that is there."""
+    own = gram(B, E, T, K, itemsize, device_type)
+    return own + Cost(cache_bytes=1.5 * own.results, calls=3)
+
+
+def segments(B: int, T: int, D: int, itemsize: int, device_type: str) -> Cost:
     """What ``embedding_sq_norm`` costs: upcast, zero, scatter and square rows, and a sort of ids."""
     accumulate = _accumulate_itemsize(itemsize)
     chunk = example_chunk(B, T * D, accumulate, 2 * budget_for(device_type))
@@ -264,6 +293,6 @@ def _accumulate_itemsize(itemsize: int) -> int:
 
 
 def _accumulate_bytes(itemsize: int) -> int:
-    """Per element of a product: write, read to square, read to add, total read and written; a copy if rounded."""
+    """Per element of a product: read to square, read to add, total read and written; a copy if rounded."""
     accumulate = _accumulate_itemsize(itemsize)
-    return 5 * accumulate + (2 * itemsize if itemsize < accumulate else 0)
+    return 4 * accumulate + (2 * itemsize if itemsize < accumulate else 0)

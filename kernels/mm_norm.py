@@ -1,9 +1,10 @@
-"""grad = sum_b x_b^T g_b together with s_b = ||x_b^T g_b||_F^2, the products passing through one small buffer.
+"""grad = sum_b x_b^T g_b together with s_b = ||x_b^T g_b||_F^2, and no product x_b^T g_b in memory.
 
     x [B, E, T, I], g [B, E, T, O]  ->  grad [E, I, O], sq_norms [B]
 
 The matrix multiply is the one a plain weight gradient does; what is added is one square and one addition per element of
-a product that is still in the cache. Memory is one buffer, never B * I * O.
+a product. On a CPU with a C++ compiler it is still in registers then, see ``native/mm_norm.cpp``; else it is in one
+small buffer that stays in the cache.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
 from gnsfx.kernels.tiling import budget_for, matmul_tiles
 
@@ -23,9 +25,14 @@ _SUM_AT_ONCE = 1 << 14
 def mm_sq_norm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Weight gradient [E, I, O] in the dtype of ``x`` and squared norms [B] of its per-example parts.
 
-    Examples are added in fp32 (fp64 for fp64). A CPU multiplies bf16 into bf16 only, so there each example's product
-    is rounded once before it is added.
+    Examples are added in fp32 (fp64 for fp64), and the sum is rounded once. Without a C++ compiler a CPU multiplies bf16
+    into bf16 only, so there the gradient is a matrix multiply of its own.
     """
+    if (found := native.products(x, g)) is not None:
+        return found
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        left, right = x.permute(1, 3, 0, 2).flatten(2), g.transpose(0, 1).flatten(1, 2)
+        return torch.bmm(left, right), product_sq_norm(x, g)
     B, E, _, I = x.shape
     dtype = accumulate_dtype(x.dtype)
     grad = torch.zeros(E, I, g.shape[3], dtype=dtype, device=x.device)
@@ -38,6 +45,8 @@ def mm_sq_norm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def product_sq_norm(x: Tensor, g: Tensor) -> Tensor:
     """Only the squared norms [B] of ``x_b^T g_b``, for callers that have the gradient already."""
+    if (found := native.products(x, g, summed=False)) is not None:
+        return found[1]
     sq_norms = torch.zeros(x.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)
     for b, _, product in _products(x, g):
         sq_norms[b].add_(square_sums(product.flatten(1)))
@@ -80,4 +89,4 @@ def _add_examples(grad: Tensor, product: Tensor) -> None:
 
 
 def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [slice(start, min(start + step, size)) for start in range(0, size, max(step, 1))]

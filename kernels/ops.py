@@ -7,9 +7,12 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 |-----------------------|--------------------------------------------|------------------------------------|
 | mm_sq_norm            | x [B,E,T,I], g [B,E,T,O]                   | grad [E,I,O], sq_norms [B]         |
 | ghost_sq_norm         | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]                       |
+| gram                  | x [B,E,T,K]                                | [B,E,T,T] of x x^T                 |
+| gram_sq_norm          | gram of x [B,E,T,T], g [B,E,T,O]           | sq_norms [B]: ghost_sq_norm's      |
 | embedding_sq_norm     | ids [B,T], g [B,T,D]                       | sq_norms [B]                       |
-| convolution_sq_norm   | grad_output [B,R,O,..], input [B,R,C,..], weight, .. | grad_weight, sq_norms [B] |
+| convolution_sq_norm   | grad_output [B,(R,)O,..], input [B,(R,)C,..], weight, .. | grad_weight, sq_norms [B] |
 | tied_sq_norm          | ids [B,S], g [B,S,D], x [B,T,D], h [B,T,V] | sq_norms [B]                       |
+| tied_mm_sq_norm       | as above                                   | grad [V,D] of both uses, sq_norms [B] |
 | tied_cross            | as above                                   | <onehot^T g, h^T x> [B]            |
 | product_sq_norm       | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]: mm_sq_norm's second  |
 | collect               | n tensors [B]                              | [n, B]                             |
@@ -21,6 +24,8 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 | crosses               | values, dims of rows, of columns, mask; ids | 0-d bool                          |
 | misnumbered           | ids, positions, column                     | 0-d bool                           |
 | count_ids             | ids                                        | 0-d fp32                           |
+| estimate_sq_norm      | x, g as above; seed, salt, examples, columns, gram | sq_norms [B], variances [B] |
+| estimate_convolution_sq_norm | as convolution_sq_norm; seed, salt, examples, columns | sq_norms [B], variances [B] |
 
 ``ids`` stands for (rows, column, takes, inner, total, examples), which ``example_ids`` turns into the example of each row.
 They go in as one because their number is data, and only an op's inside may see such sizes without guards.
@@ -31,10 +36,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype
-from gnsfx.kernels.convolution_norm import convolution_sq_norm
+from gnsfx.kernels.convolution_norm import convolution_sq_norm, source_of
+from gnsfx.kernels.embedding_norm import SKIPPED as SKIPPED
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
-from gnsfx.kernels.ghost_norm import ghost_sq_norm
+from gnsfx.kernels.ghost_norm import FEW_POSITIONS_DTYPES, ghost_sq_norm, gram_sq_norm, shared_gram
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
 from gnsfx.kernels.routed_norm import (
     count_ids,
@@ -47,7 +54,8 @@ from gnsfx.kernels.routed_norm import (
     routed_tied_sq_norm,
     sum_by_example,
 )
-from gnsfx.kernels.tied_norm import tied_cross, tied_sq_norm
+from gnsfx.kernels.sketch import estimate_convolution_sq_norm, estimate_sq_norm
+from gnsfx.kernels.tied_norm import tied_cross, tied_mm_sq_norm, tied_sq_norm
 
 # Kept across importlib.reload: an op disappears with the Library that defined it.
 _LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("gnsfx", "FRAGMENT")
@@ -59,10 +67,34 @@ _TAGS = (
 )
 
 
+def start_build(value: Tensor) -> None:
+    """Build what contractions of such a tensor need in the background, while the graph is compiled."""
+    if value.device.type == "cpu" and value.dtype in native.DTYPES:
+        native.start(value.dtype)
+
+
+_SOURCES = {"embedding_sq_norm": "embedding.cpp", "tied_sq_norm": "embedding.cpp", "routed_sq_norm": "routed.cpp"}
+
+
+def start_builds(graph: torch.fx.Graph) -> None:
+    """Build what the ops of a rewritten graph need in the background, while it is compiled."""
+    for node in graph.nodes:
+        name = str(node.target).removeprefix("gnsfx.").removesuffix(".default")
+        source = _SOURCES.get(name)
+        if name == "convolution_sq_norm":
+            source = f"{source_of(node.args[2].meta['val'].shape, node.args[8])}.cpp"
+        elif name == "ghost_sq_norm" and node.args[1].meta["val"].dtype in FEW_POSITIONS_DTYPES:
+            source = "gram_norm.cpp"
+        if source:
+            value = node.args[1].meta["val"]
+            if value.device.type == "cpu" and value.dtype in native.DTYPES:
+                native.start(value.dtype, source)
+
+
 def collect(sq_norms: Sequence[Tensor]) -> Tensor:
     """n tensors [B] of floating dtype -> [n, B] in fp32, or fp64 if any is fp64."""
     dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
-    return torch.stack([s.to(dtype) for s in sq_norms])
+    return torch.stack([s if s.dtype == dtype else s.to(dtype) for s in sq_norms])  # there are hundreds
 
 
 def _fake_mm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +104,11 @@ def _fake_mm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_ghost(x: Tensor, g: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_gram(x: Tensor) -> Tensor:
+    B, E, T, _ = x.shape
+    return x.new_empty(B, E, T, T, dtype=accumulate_dtype(x.dtype))
 
 
 def _fake_embedding(ids: Tensor, g: Tensor) -> Tensor:
@@ -85,6 +122,10 @@ def _fake_convolution(grad_output: Tensor, input: Tensor, weight: Tensor, *_) ->
 
 def _fake_tied(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype, h.dtype))
+
+
+def _fake_tied_mm(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(h.shape[2], x.shape[2]), _fake_tied(ids, g, x, h)
 
 
 def _fake_routed(x: Tensor, g: Tensor, offsets: Tensor | None, *ids) -> Tensor:
@@ -117,6 +158,11 @@ def _with_ids(kernel: Callable) -> Callable:
     return lambda *args: kernel(*args[:-6], example_ids(*args[-6:]), args[-1])
 
 
+def _fake_estimate(x: Tensor, g: Tensor, *_) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+
+
 def _fake_collect(sq_norms: Sequence[Tensor]) -> Tensor:
     dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
     return sq_norms[0].new_empty(len(sq_norms), sq_norms[0].shape[0], dtype=dtype)
@@ -132,8 +178,15 @@ def _register(schema: str, kernel: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"gnsfx::{name}", fake, lib=_LIBRARY)
 
 
-_register("mm_sq_norm(Tensor x, Tensor g) -> (Tensor, Tensor)", mm_sq_norm, _fake_mm)
+for _own in (
+    "",
+    "_",
+):  # on CPUs native/dispatch.cpp takes over the first one, and calls the second where it has no kernel
+    _register(f"{_own}mm_sq_norm(Tensor x, Tensor g) -> (Tensor, Tensor)", mm_sq_norm, _fake_mm)
+    _register(f"{_own}product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
 _register("ghost_sq_norm(Tensor x, Tensor g) -> Tensor", ghost_sq_norm, _fake_ghost)
+_register("gram(Tensor x) -> Tensor", shared_gram, _fake_gram)
+_register("gram_sq_norm(Tensor other, Tensor g) -> Tensor", gram_sq_norm, lambda other, g: _fake_ghost(g, g))
 _register("embedding_sq_norm(Tensor ids, Tensor g) -> Tensor", embedding_sq_norm, _fake_embedding)
 _register(
     "convolution_sq_norm(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
@@ -142,8 +195,10 @@ _register(
     _fake_convolution,
 )
 _register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_sq_norm, _fake_tied)
+_register(
+    "tied_mm_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> (Tensor, Tensor)", tied_mm_sq_norm, _fake_tied_mm
+)
 _register("tied_cross(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_cross, _fake_tied)
-_register("product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
 _register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)
 
 _IDS = "Tensor rows, int? column, Tensor[] takes, SymInt inner, SymInt total, SymInt examples"
@@ -172,3 +227,14 @@ _register(
     lambda rows, *_: rows.new_empty((), dtype=torch.bool),
 )
 _register("count_ids(Tensor rows) -> Tensor", count_ids, lambda rows: rows.new_empty((), dtype=torch.float32))
+
+_DRAW = "Tensor seed, int salt, int examples, int columns"
+_register(
+    f"estimate_sq_norm(Tensor x, Tensor g, {_DRAW}, bool gram) -> (Tensor, Tensor)", estimate_sq_norm, _fake_estimate
+)
+_register(
+    "estimate_convolution_sq_norm(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
+    f"SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, {_DRAW}) -> (Tensor, Tensor)",
+    estimate_convolution_sq_norm,
+    _fake_estimate,
+)

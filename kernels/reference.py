@@ -51,9 +51,17 @@ def convolution_sq_norm_ref(
 
 def tied_sq_norm_ref(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     """ids [B,S], g [B,S,D], x [B,T,D], h [B,T,V] -> sq_norms [B] of onehot^T g + h^T x, added before squaring."""
+    return _tied(ids, g, x, h).square().sum((1, 2))
+
+
+def tied_mm_ref(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    """The same, added up over examples: [V,D]."""
+    return _tied(ids, g, x, h).sum(0)
+
+
+def _tied(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     onehot = torch.nn.functional.one_hot(ids.long(), h.shape[2]).to(g.dtype)
-    per_example = torch.einsum("bsv,bsd->bvd", onehot, g) + torch.einsum("btv,btd->bvd", h, x)
-    return per_example.square().sum((1, 2))
+    return torch.einsum("bsv,bsd->bvd", onehot, g) + torch.einsum("btv,btd->bvd", h, x)
 
 
 def collect_ref(sq_norms: Sequence[Tensor]) -> Tensor:

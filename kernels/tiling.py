@@ -68,6 +68,9 @@ class GramTiles(NamedTuple):
         return _pieces(B, self.examples) * _pieces(E, self.contractions) * blocks * (blocks + 1) // 2
 
 
+FEW_POSITIONS = 16
+"""Up to here the Grams of one example stay in registers (C++ kernel); beyond, a batched matrix multiply is as quick."""
+
 _GRAM_BLOCK = 256
 """Positions of one Gram block: with more blocks the symmetric half is skipped, with smaller ones the multiply slows."""
 
@@ -89,6 +92,9 @@ def example_chunk(B: int, per_example: int, itemsize: int, budget: int) -> int:
 def _pieces(size: int, piece: int) -> int:
     return -(-size // max(1, piece))
 
+
+FEW_CHANNELS = 8
+"""Our own kernel does groups of so few input channels side by side, and one group of more after another."""
 
 _GROUPED_WEIGHT = 1 << 16
 """Largest weight whose examples are worth computing as groups of one convolution; oneDNN collapses beyond it."""

@@ -1,7 +1,9 @@
 """The cost model: consistent, monotone, and near the best path on shapes that were really timed."""
 
+import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,107 +11,71 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gnsfx.kernels.cost import (
-    MACHINES,
     Cost,
+    amounts,
+    bound,
     cheapest,
     convolution_paths,
     embedding_paths,
+    gemm,
+    gram,
     matmul_paths,
+    parts,
     plain_matmul,
     reduction_paths,
     seconds,
-    tied_paths,
+    tied_rest,
+    with_gram,
 )
+from gnsfx.kernels.machine import MACHINES
 
 CPU, CUDA = MACHINES["cpu"], MACHINES["cuda"]
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/paths.json").read_text(encoding="utf-8"))["rows"]
 extents = st.sampled_from((1, 2, 7, 64, 300, 4096))
-
-# B, T, I, O, dtype, microseconds of each path: paths compiled by Inductor, minimum of interleaved runs, 2 threads of a
-# Zen 5 server, torch 2.13.
-MEASURED = [
-    (64, 16, 128, 128, torch.float32, {"chunked": 288, "ghost": 256, "materialise": 249}),
-    (64, 64, 128, 128, torch.float32, {"chunked": 723, "ghost": 1309, "materialise": 683}),
-    (16, 256, 128, 128, torch.float32, {"chunked": 675, "ghost": 3031, "materialise": 620}),
-    (4, 1024, 128, 128, torch.float32, {"chunked": 661, "materialise": 617}),
-    (16, 1, 256, 256, torch.float32, {"chunked": 208, "ghost": 51, "materialise": 28, "outer": 18}),
-    (16, 16, 256, 256, torch.float32, {"chunked": 462, "ghost": 230, "materialise": 340}),
-    (64, 64, 256, 256, torch.float32, {"chunked": 3646, "ghost": 3796, "materialise": 3428}),
-    (64, 128, 256, 256, torch.float32, {"chunked": 6216, "ghost": 10162, "materialise": 6031}),
-    (4, 1024, 256, 256, torch.float32, {"chunked": 2473, "ghost": 14410, "materialise": 2386}),
-    (16, 1, 768, 768, torch.float32, {"chunked": 3968, "ghost": 151, "materialise": 214, "outer": 105}),
-    (4, 16, 768, 768, torch.float32, {"chunked": 754, "ghost": 397, "materialise": 907}),
-    (16, 16, 768, 768, torch.float32, {"chunked": 3150, "ghost": 1508, "materialise": 12002}),
-    (4, 64, 768, 768, torch.float32, {"chunked": 1713, "ghost": 1574, "materialise": 1827}),
-    (64, 64, 768, 768, torch.float32, {"chunked": 27589, "ghost": 25694, "materialise": 64935}),
-    (16, 128, 768, 768, torch.float32, {"chunked": 12339, "ghost": 14365, "materialise": 21028}),
-    (4, 256, 768, 768, torch.float32, {"chunked": 5747, "ghost": 8863, "materialise": 5655}),
-    (16, 256, 768, 768, torch.float32, {"chunked": 23805, "ghost": 36491, "materialise": 32165}),
-    (4, 1024, 768, 768, torch.float32, {"chunked": 22839, "ghost": 58092, "materialise": 21135}),
-    (8, 64, 768, 3072, torch.float32, {"chunked": 15795, "ghost": 12722, "materialise": 32582}),
-    (16, 16, 1024, 1024, torch.float32, {"chunked": 5664, "ghost": 2613, "materialise": 22345}),
-    (64, 1, 1024, 1024, torch.float32, {"chunked": 27939, "ghost": 872, "materialise": 4931, "outer": 663}),
-    (8, 128, 384, 96, torch.float32, {"chunked": 492, "ghost": 982, "materialise": 397}),
-    (64, 16, 128, 128, torch.bfloat16, {"chunked": 225, "ghost": 183, "materialise": 110}),
-    (64, 64, 128, 128, torch.bfloat16, {"chunked": 351, "ghost": 946, "materialise": 231}),
-    (16, 256, 128, 128, torch.bfloat16, {"chunked": 299, "ghost": 3175, "materialise": 199}),
-    (4, 1024, 128, 128, torch.bfloat16, {"chunked": 235, "materialise": 169}),
-    (16, 1, 256, 256, torch.bfloat16, {"chunked": 219, "ghost": 74, "materialise": 30, "outer": 23}),
-    (16, 16, 256, 256, torch.bfloat16, {"chunked": 449, "ghost": 182, "materialise": 179}),
-    (64, 64, 256, 256, torch.bfloat16, {"chunked": 2183, "ghost": 2661, "materialise": 1097}),
-    (64, 128, 256, 256, torch.bfloat16, {"chunked": 2819, "ghost": 7307, "materialise": 1712}),
-    (4, 1024, 256, 256, torch.bfloat16, {"chunked": 771, "ghost": 13922, "materialise": 673}),
-    (16, 1, 768, 768, torch.bfloat16, {"chunked": 2171, "ghost": 139, "materialise": 254, "outer": 57}),
-    (4, 16, 768, 768, torch.bfloat16, {"chunked": 640, "ghost": 221, "materialise": 372}),
-    (16, 16, 768, 768, torch.bfloat16, {"chunked": 2358, "ghost": 577, "materialise": 1524}),
-    (4, 64, 768, 768, torch.bfloat16, {"chunked": 880, "ghost": 714, "materialise": 543}),
-    (64, 64, 768, 768, torch.bfloat16, {"chunked": 14364, "ghost": 10773, "materialise": 29152}),
-    (16, 128, 768, 768, torch.bfloat16, {"chunked": 4998, "ghost": 6842, "materialise": 3636}),
-    (4, 256, 768, 768, torch.bfloat16, {"chunked": 1750, "ghost": 4894, "materialise": 1348}),
-    (16, 256, 768, 768, torch.bfloat16, {"chunked": 7165, "ghost": 20159, "materialise": 5989}),
-    (4, 1024, 768, 768, torch.bfloat16, {"chunked": 5700, "ghost": 42202, "materialise": 5172}),
-    (8, 64, 768, 3072, torch.bfloat16, {"chunked": 7197, "ghost": 4275, "materialise": 13667}),
-    (16, 16, 1024, 1024, torch.bfloat16, {"chunked": 3807, "ghost": 894, "materialise": 10580}),
-    (64, 1, 1024, 1024, torch.bfloat16, {"chunked": 11950, "ghost": 260, "materialise": 2026, "outer": 167}),
-    (8, 128, 384, 96, torch.bfloat16, {"chunked": 213, "ghost": 768, "materialise": 121}),
-]
+itemsizes = st.sampled_from((2, 4, 8))
 
 
-def regret(B, T, I, O, dtype, times) -> float:
-    """Time of the chosen path over that of the best one."""
-    paths = matmul_paths(B, 1, T, I, O, dtype.itemsize)
-    timed = {name: cost for name, cost in paths.items() if name in times}
-    return times[cheapest(timed, CPU, dtype)] / min(times.values())
+def candidates(B, E, T, I, O, itemsize, device="cpu", native=True):
+    paths = matmul_paths(B, E, T, I, O, itemsize, device, native)
+    return {name: cost for name, cost in paths.items() if name != "plain"}
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(map(str, row[:5])))
-def test_choice_is_near_the_best(row):
-    assert regret(*row) <= 1.25
+def regret(row) -> float:
+    """Time of the path that the shipped constants choose over that of the quickest."""
+    dtype, (B, T, I, O) = getattr(torch, row["dtype"]), row["shape"]
+    times = {name: time for name, time in row["times"].items() if name != "plain"}
+    return times[cheapest(candidates(B, 1, T, I, O, dtype.itemsize), CPU, dtype)] / min(times.values())
 
 
-def test_choices_are_near_the_best_on_average():
-    assert statistics.mean(regret(*row) for row in MEASURED) <= 1.05
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_choices_are_near_the_best(dtype):
+    """Timed by benchmarks/paths.py. Single rows may be off: two paths as good as each other change places between runs."""
+    found = [regret(row) for row in MEASURED if row["dtype"] == dtype]
+    assert len(found) >= 30
+    assert statistics.fmean(found) <= 1.03 and max(found) <= 1.4
+    assert sum(r <= 1.1 for r in found) >= 0.9 * len(found)
 
 
-@given(B=extents, E=st.integers(1, 3), T=extents, I=extents, O=extents, itemsize=st.sampled_from((2, 4, 8)))
-def test_every_path_contains_the_plain_gradient(B, E, T, I, O, itemsize):
-    paths = matmul_paths(B, E, T, I, O, itemsize)
-    assert set(paths) == {"materialise", "chunked", "ghost"} | ({"outer"} if T == 1 else set())
+@given(B=extents, E=st.integers(1, 3), T=extents, I=extents, O=extents, itemsize=itemsizes, native=st.booleans())
+def test_every_path_contains_the_plain_gradient(B, E, T, I, O, itemsize, native):
+    paths = matmul_paths(B, E, T, I, O, itemsize, "cpu", native)
+    assert set(paths) == {"plain", "materialise", "fused", "ghost"} | ({"outer"} if T == 1 else set())
     plain = plain_matmul(B, E, T, I, O, itemsize)
+    assert paths.pop("plain") == plain
     for cost in paths.values():
-        assert cost.flops >= plain.flops and cost.bytes >= plain.bytes
-        assert 0 < seconds(plain, CPU, torch.float32) < seconds(cost, CPU, torch.float32) < math.inf
+        assert cost.flops + cost.fused_flops >= plain.flops and cost.memory >= 0
+        assert 0 < seconds(cost, CPU, torch.float32) < math.inf
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize(("device", "native"), [("cpu", True), ("cpu", False), ("cuda", False)])
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_ghost_wins_for_short_positions_and_loses_for_long_ones(device, dtype):
+def test_ghost_wins_for_short_positions_and_loses_for_long_ones(device, native, dtype):
     def choice(T: int) -> str:
-        paths = matmul_paths(8, 1, T, 2048, 2048, dtype.itemsize, device)
-        return cheapest(paths, MACHINES[device], dtype)
+        return cheapest(candidates(8, 1, T, 2048, 2048, dtype.itemsize, device, native), MACHINES[device], dtype)
 
     assert choice(1) == "outer"
-    assert choice(16) == "ghost"
-    assert choice(8192) in ("materialise", "chunked")
+    assert choice(2) == "ghost"
+    assert choice(8192) in ("materialise", "fused")
 
 
 def test_memory_cap_is_kept_where_it_can_be():
@@ -119,10 +85,10 @@ def test_memory_cap_is_kept_where_it_can_be():
     assert cheapest(paths, CPU, torch.float32, memory_cap=5) == "small"
 
 
-def test_materialise_is_the_only_path_whose_memory_grows_with_the_batch():
+def test_materialise_is_the_only_path_whose_memory_grows_with_the_products():
     few, many = (matmul_paths(B, 1, 512, 1024, 1024, 4) for B in (8, 800))
     assert many["materialise"].memory == 100 * few["materialise"].memory
-    assert many["chunked"].memory == few["chunked"].memory
+    assert many["fused"].memory == few["fused"].memory
     assert many["ghost"].memory == few["ghost"].memory
 
 
@@ -132,24 +98,61 @@ def test_grams_of_bf16_run_at_fp32_speed_unless_the_device_widens():
     assert seconds(cost, CUDA, torch.bfloat16) < seconds(cost, CUDA, torch.float32)
 
 
+def test_a_shared_gram_is_counted_once():
+    """The Gram and the rest are together what ghost does alone; two that share it cost one Gram less."""
+    B, T, I, O = 8, 16, 512, 768
+    alone = matmul_paths(B, 1, T, I, O, 4)["ghost"]
+    together = plain_matmul(B, 1, T, I, O, 4) + gram(B, 1, T, I, 4) + with_gram(B, 1, T, O, 4)
+    for name in ("flops", "accumulate_flops", "operands", "results"):
+        assert getattr(alone, name) == getattr(together, name)
+
+
 def test_costs_add_up_and_memory_is_the_larger():
-    assert Cost(1, 2, 3, 4, 5, 6) + Cost(1, 1, 9, 1, 1, 1) == Cost(2, 3, 9, 5, 6, 7)
+    assert Cost(1, 2, 3, 4, 5, 6, 7, 8, 9) + Cost(1, 1, 9, 1, 1, 1, 1, 1, 1) == Cost(2, 3, 9, 5, 6, 7, 8, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("cost", "what"),
+    [
+        (Cost(flops=1e12), "flops"),
+        (Cost(fused_flops=1e12), "flops"),
+        (Cost(bytes=1e12), "bytes"),
+        (gemm(1, 1000, 1000, 1, 4), "bytes"),
+        (Cost(calls=1e6), "calls"),
+        (Cost(bytes=1, memory=1e9), "memory"),
+        (Cost(bytes=1, memory=1e6), "bytes"),
+    ],
+)
+def test_what_bounds_a_path(cost, what):
+    assert bound(cost, CPU, torch.float32) == what
+    assert sum(parts(cost, CPU, torch.float32).values()) == seconds(cost, CPU, torch.float32)
+
+
+@given(
+    B=extents, T=extents, I=extents, O=extents, dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float64))
+)
+def test_seconds_are_linear_in_the_amounts(B, T, I, O, dtype):
+    for cost in matmul_paths(B, 1, T, I, O, dtype.itemsize, native=True).values():
+        work = amounts(cost, CPU, dtype)
+        total = sum(amount / getattr(CPU, name) for name, amount in work.items())
+        assert math.isclose(total, seconds(cost, CPU, dtype))
 
 
 def test_other_contractions():
-    assert set(embedding_paths(4, 1024, 768, 50257, 4)) == {"segments"}
-    assert cheapest(embedding_paths(4, 1, 768, 50257, 4), CPU, torch.float32) == "outer"
+    assert set(embedding_paths(4, 1024, 768, 50257, 4)) == {"plain", "segments"}
+    assert cheapest(embedding_paths(4, 1, 768, 50257, 4), CPU, torch.float32) in ("plain", "outer")
     assert embedding_paths(4, 1024, 768, 10, 4)["segments"].memory < 4 * 50257 * 768 * 4
-    assert set(reduction_paths(8, 128, 768, 2)) == {"materialise"}
-    assert set(tied_paths(4, 128, 128, 256, 5000, 4)) == {"tied"}
-    for weight, groups in (((64, 64, 3, 3), 1), ((256, 256, 3, 3), 1), ((96, 1, 7, 7), 96), ((64, 64, 1, 1), 1)):
-        paths = convolution_paths(8, 1, weight, (28, 28), [1, 1], [0, 0], [1, 1], False, groups, 4)
-        assert seconds(paths["per_example"], CPU, torch.float32) > 0
+    assert set(reduction_paths(8, 128, 768, 2)) == {"plain", "reduction"}
+    assert seconds(tied_rest(4, 128, 128, 256, 4), CPU, torch.float32) > 0
+    for native in (True, False):
+        for weight, groups in (((64, 64, 3, 3), 1), ((256, 256, 3, 3), 1), ((96, 1, 7, 7), 96), ((64, 64, 1, 1), 1)):
+            paths = convolution_paths(8, 1, weight, (28, 28), [1, 1], [0, 0], [1, 1], False, groups, 4, native=native)
+            assert seconds(paths["convolution"], CPU, torch.float32) > 0
 
 
-@given(B=extents, T=extents, D=extents, V=extents, itemsize=st.sampled_from((2, 4, 8)))
+@given(B=extents, T=extents, D=extents, V=extents, itemsize=itemsizes)
 def test_more_examples_never_cost_less(B, T, D, V, itemsize):
-    for paths in (embedding_paths, lambda B, T, D, V, i: tied_paths(B, T, T, D, V, i)):
+    for paths in (embedding_paths, lambda B, T, D, V, i: {"rest": tied_rest(B, T, T, D, i)}):
         few, many = (paths(b, T, D, V, itemsize) for b in (B, 2 * B))
         for name in few:
             assert seconds(many[name], CPU, torch.float32) >= seconds(few[name], CPU, torch.float32)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gnsfx.kernels.ops  # noqa: F401 -- defines torch.ops.gnsfx
-from gnsfx.kernels import reference, tiling
+from gnsfx.kernels import native, reference, tiling
+from gnsfx.kernels.embedding_norm import SKIPPED
 
 gns = torch.ops.gnsfx
 
@@ -19,7 +20,7 @@ dtypes = st.sampled_from(DTYPES)
 sizes = st.sampled_from((1, 2, 3, 5, 8, 17, 33))
 layouts = st.sampled_from(("contiguous", "permuted", "sliced", "expanded"))
 seeds = st.integers(0, 2**16)
-either_scratch = pytest.mark.parametrize("scratch", ("cached", "tiny"))
+either_scratch = pytest.mark.parametrize("scratch", ("native", "cached", "tiny"))
 property_test = settings(deadline=None, max_examples=40, derandomize=True)
 
 
@@ -43,8 +44,10 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -> 
 
 @contextmanager
 def scratch_of(size: str) -> Iterator[None]:
-    """ "tiny" shrinks every tile to a few elements, so that small shapes pass through all the loops of large ones."""
+    """All but "native" is torch code alone; "tiny" shrinks every tile to a few elements, so that small shapes pass through all loops."""
     with pytest.MonkeyPatch.context() as patch:
+        if size != "native":
+            patch.setattr(native, "function", lambda *_: None)
         if size == "tiny":
             patch.setattr(tiling, "CPU_BUDGET", 256)
             patch.setattr(tiling, "_MIN_EDGE", 2)
@@ -92,7 +95,7 @@ def square_bound(products: Tensor, errors: Tensor, dtype: torch.dtype) -> Tensor
 def test_mm_sq_norm(scratch, B, E, T, I, O, dtype, lx, lg, seed):
     x, g = make((B, E, T, I), dtype, lx, seed), make((B, E, T, O), dtype, lg, seed + 1)
     with scratch_of(scratch):
-        grad, sq_norms = gns.mm_sq_norm(x, g)
+        grad, sq_norms = (gns.mm_sq_norm if scratch == "native" else gns._mm_sq_norm)(x, g)
     truth, sq_truth = reference.mm_sq_norm_ref(x.double(), g.double())
     products, errors, absolute = product_bounds(x, g)
     assert grad.dtype == dtype
@@ -138,33 +141,42 @@ def test_ghost_blocks_over_positions(shape, dtype):
     dtype=dtypes,
     layout=layouts,
     base=st.sampled_from((0, -3, 2**62, -(2**63))),
+    skipped=st.sampled_from((0.0, 0.4, 1.0)),
     seed=seeds,
 )
-def test_embedding_sq_norm(scratch, B, T, D, V, dtype, layout, base, seed):
+def test_embedding_sq_norm(scratch, B, T, D, V, dtype, layout, base, skipped, seed):
     # Every second id differs from its neighbour in the upper half of its bits only.
     ids = torch.randint(V, (T, B), generator=torch.Generator().manual_seed(seed)).t()
     ids = base + ids // 2 + ids % 2 * 2**33
     g = make((B, T, D), dtype, layout, seed)
+    skip = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < skipped
     with scratch_of(scratch):
-        sq_norms = gns.embedding_sq_norm(ids, g)
-    rows = g.double().abs()
-    bound = reference.embedding_sq_norm_ref(ids, rows) * (2 * T + T * D + 8) * accumulated(dtype)
-    assert_within(sq_norms, reference.embedding_sq_norm_ref(ids, g.double()), bound)
+        sq_norms = gns.embedding_sq_norm(ids.masked_fill(skip, SKIPPED), g)
+    rows = g.double().masked_fill(skip.unsqueeze(2), 0)
+    bound = reference.embedding_sq_norm_ref(ids, rows.abs()) * (2 * T + T * D + 8) * accumulated(dtype)
+    assert_within(sq_norms, reference.embedding_sq_norm_ref(ids, rows), bound)
 
 
 @either_scratch
 @property_test
-@given(B=sizes, S=sizes, T=sizes, D=sizes, V=sizes, dtype=dtypes, layout=layouts, seed=seeds)
-def test_tied_sq_norm(scratch, B, S, T, D, V, dtype, layout, seed):
+@given(B=sizes, S=sizes, T=sizes, D=sizes, V=sizes, dtype=dtypes, layout=layouts, skipped=st.booleans(), seed=seeds)
+def test_tied_sq_norm(scratch, B, S, T, D, V, dtype, layout, skipped, seed):
     ids = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(seed))
     g, x, h = (make(s, dtype, layout, seed + i) for i, s in enumerate(((B, S, D), (B, T, D), (B, T, V))))
+    skip = (ids == 0) & skipped
     with scratch_of(scratch):
-        sq_norms = gns.tied_sq_norm(ids, g, x, h)
+        sq_norms = gns.tied_sq_norm(ids.masked_fill(skip, SKIPPED), g, x, h)
+        grad, same = gns.tied_mm_sq_norm(ids.masked_fill(skip, SKIPPED), g, x, h)
+    g = g.masked_fill(skip.unsqueeze(2), 0)
     truth = reference.tied_sq_norm_ref(ids, g.double(), x.double(), h.double())
     worst = reference.tied_sq_norm_ref(ids, g.double().abs(), x.double().abs(), h.double().abs())
     terms = (2 * (S + T + D + V) + S * T + T * T + D * V + 16) * accumulated(dtype)
     rounded = 3 * roundoff(dtype) if dtype == torch.bfloat16 else 0.0
     assert_within(sq_norms, truth, (terms + rounded) * worst)
+    assert_within(same, truth, (terms + rounded) * worst)
+    table, size = (reference.tied_mm_ref(ids, *(f(t.double()) for t in (g, x, h))) for f in (torch.clone, torch.abs))
+    assert grad.dtype == dtype
+    assert_within(grad, table, (B + S + T + 2) * accumulated(dtype) * size + 2 * roundoff(dtype) * size)
 
 
 # A row for each method and feature: weight, input size, stride, padding, dilation, transposed, output padding, groups.
@@ -181,6 +193,8 @@ CONVOLUTIONS = {
     "2d-depthwise": ((6, 1, 3, 3), (9, 8), [1, 1], [1, 1], [1, 1], False, [0, 0], 6),
     "2d-depthwise-wide": ((6, 1, 5, 2), (9, 8), [2, 1], [3, 1], [2, 1], False, [0, 0], 6),
     "2d-depth-multiplier": ((8, 1, 3, 2), (9, 8), [1, 1], [0, 0], [1, 1], False, [0, 0], 4),
+    "2d-many-channels": ((33, 17, 3, 3), (9, 8), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+    "2d-whole-vectors": ((48, 16, 2, 3), (9, 8), [2, 1], [1, 2], [1, 2], False, [0, 0], 1),
     "2d-transposed": ((4, 6, 3, 2), (5, 6), [2, 3], [1, 0], [1, 2], True, [1, 0], 1),
     "2d-large-weight": ((96, 80, 3, 3), (5, 4), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
     "3d": ((6, 2, 3, 2, 1), (5, 6, 4), [1, 2, 1], [1, 0, 0], [1, 1, 1], False, [0, 0, 0], 2),

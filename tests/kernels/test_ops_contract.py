@@ -18,7 +18,7 @@ from gnsfx.kernels.convolution_norm import convolution_sq_norm
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
 from gnsfx.kernels.ghost_norm import ghost_sq_norm
 from gnsfx.kernels.mm_norm import mm_sq_norm
-from gnsfx.kernels.tied_norm import tied_sq_norm
+from gnsfx.kernels.tied_norm import tied_mm_sq_norm, tied_sq_norm
 
 gns = torch.ops.gnsfx
 
@@ -31,16 +31,24 @@ def sample(name: str, B: int) -> tuple:
             return randn(B, 2, 5, 7), randn(B, 2, 5, 4)
         case "embedding_sq_norm":
             return torch.randint(9, (B, 6)), randn(B, 6, 3)
-        case "tied_sq_norm":
+        case "tied_sq_norm" | "tied_mm_sq_norm":
             return torch.randint(9, (B, 6)), randn(B, 6, 3), randn(B, 5, 3), randn(B, 5, 9)
         case "convolution_sq_norm":
             return randn(B, 1, 6, 9), randn(B, 1, 4, 9), randn(6, 4, 3), [1], [1], [1], False, [0], 1
+        case "estimate_sq_norm":
+            return randn(B, 2, 5, 7), randn(B, 2, 5, 4), torch.tensor(3), 1, 4, 2, False
+        case "estimate_convolution_sq_norm":
+            draw = torch.tensor(3), 1, 4, 2
+            return randn(B, 1, 6, 9), randn(B, 1, 4, 9), randn(6, 4, 3), [1], [1], [1], False, [0], 1, *draw
         case "collect":
             return ([randn(B), randn(B).double()],)
     raise ValueError(name)
 
 
-NAMES = ("mm_sq_norm", "ghost_sq_norm", "embedding_sq_norm", "tied_sq_norm", "convolution_sq_norm", "collect")
+NAMES = (
+    "mm_sq_norm", "ghost_sq_norm", "embedding_sq_norm", "tied_sq_norm", "tied_mm_sq_norm", "convolution_sq_norm", "collect",
+    "estimate_sq_norm", "estimate_convolution_sq_norm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,8 +63,8 @@ def test_fake_kernel_keeps_the_batch_symbolic(name):
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def symbolic(t: torch.Tensor) -> torch.Tensor:
-        batch = DimDynamic.DYNAMIC if t.shape[0] == 11 else DimDynamic.STATIC
-        context = StatelessSymbolicContext([batch] + [DimDynamic.STATIC] * (t.dim() - 1))
+        batch = DimDynamic.DYNAMIC if t.shape[:1] == (11,) else DimDynamic.STATIC
+        context = StatelessSymbolicContext(([batch] + [DimDynamic.STATIC] * (t.dim() - 1))[: t.dim()])
         return mode.from_tensor(t, symbolic_context=context, source=ConstantSource(f"t{id(t)}"))
 
     arguments = tree_map_only(torch.Tensor, symbolic, real)
@@ -150,6 +158,7 @@ def test_nothing_of_the_size_of_all_examples_is_allocated(dtype):
     ids, g = torch.randint(V, (B, T)), torch.randn(B, T, D, dtype=dtype)
     gradient = V * D * 4
     assert largest(mm_sq_norm, x.unsqueeze(1), h.unsqueeze(1)) <= max(gradient, 4 * MiB)
+    assert largest(tied_mm_sq_norm, ids, g, x, h) <= max(gradient, 4 * MiB)
     for op, *arguments in (
         (ghost_sq_norm, x.unsqueeze(1), h.unsqueeze(1)),
         (embedding_sq_norm, ids, g),
@@ -192,7 +201,15 @@ def test_off_the_cpu_nothing_is_read_back(dtype):
     def on_meta(t: torch.Tensor) -> torch.Tensor:
         return t.to("meta", dtype if t.is_floating_point() else t.dtype)
 
-    for kernel in (mm_sq_norm, ghost_sq_norm, embedding_sq_norm, tied_sq_norm, convolution_sq_norm, ops.collect):
+    for kernel in (
+        mm_sq_norm,
+        ghost_sq_norm,
+        embedding_sq_norm,
+        tied_sq_norm,
+        tied_mm_sq_norm,
+        convolution_sq_norm,
+        ops.collect,
+    ):
         sq_norms = tree_leaves(kernel(*tree_map_only(torch.Tensor, on_meta, sample(kernel.__name__, 3))))[-1]
         assert sq_norms.dtype == torch.float32
         assert sq_norms.device.type == "meta"

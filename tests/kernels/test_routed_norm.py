@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
+from gnsfx.kernels import native
 from gnsfx.kernels.routed_norm import count_ids, crosses, example_ids, misnumbered
 from tests.oracle import tolerance
 
@@ -66,6 +67,47 @@ def test_groups(B: int, E: int, N: int, I: int, O: int, dtype: Any, strided: boo
             truth[b, e] = torch.einsum("ni,no,n->io", x.double(), g.double(), keep)
     close(gns.routed_sq_norm(x, g, offsets, *pack(ids, B)), truth.square().sum((1, 2, 3)), dtype)
     close(gns.routed_product(x, g, offsets, *pack(ids, B)), truth, dtype)
+
+
+LONG = {  # B, E, N, I, O: segments that are multiplied, or whose pairs are, in whole tiles and parts of them
+    "pairs": (7, 3, 65, 70, 90),
+    "pairs in pieces": (2, 1, 30, 1100, 50),
+    "products": (2, 2, 90, 29, 67),
+    "large products": (2, 1, 2100, 66, 71),
+    "more rows than a Gram has": (1, 1, 1030, 1050, 1060),
+}
+
+
+@pytest.mark.parametrize("native_code", (True, False), ids=("native", "torch"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
+def test_long_segments(shape: tuple[int, ...], dtype: Any, native_code: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typical errors, of sums that are rounded at random, stay far below the worst ones."""
+    if not native_code:
+        monkeypatch.setattr(native, "function", lambda *_: None)
+    B, E, N, I, O = shape
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(E, N, K, generator=generator, dtype=torch.float64).to(dtype) for K in (I, O))
+    ids = torch.randint(B, (N,), generator=generator)
+    x[0, N // 2, I // 2] *= 50
+    truth = [x[:, ids == b].double().mT @ g[:, ids == b].double() for b in range(B)]
+    found = gns.routed_sq_norm(x, g, None, *pack(ids, B))
+    u = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), torch.stack([t.square().sum() for t in truth]), rtol=8 * u, atol=0)
+    offsets = torch.arange(1, E + 1).mul(N).int()
+    flat = gns.routed_sq_norm(x.flatten(0, 1), g.flatten(0, 1), offsets, *pack(ids.repeat(E), B))
+    torch.testing.assert_close(flat, found, rtol=8 * u, atol=0)
+
+
+@pytest.mark.parametrize("value", (float("inf"), float("nan")))
+@pytest.mark.parametrize("sizes", ((60, 70), (3, 37)), ids=("pairs", "products"))
+@pytest.mark.parametrize("factor", (0, 1))
+def test_what_is_not_finite_stays_with_its_example(factor: int, sizes: tuple[int, int], value: float) -> None:
+    x, g = factors = [torch.ones(1, 12, K) for K in sizes]
+    factors[factor][0, 5, 2] = value
+    found = gns.routed_sq_norm(x, g, None, *pack(torch.arange(12) % 3, 3))
+    assert found.isfinite().tolist() == [True, True, False]
+    assert value != float("inf") or found[2] == value
 
 
 @few
