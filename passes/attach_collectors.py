@@ -10,6 +10,7 @@ the caller sees it; being an output of its own, it cannot disturb how the others
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,29 +39,29 @@ torch.library.register_autograd(
 )
 
 
-def add_leaves(gm: GraphModule, names: Sequence[str]) -> GraphModule:
-    """A copy of the captured graph with one input and one output more per name. Dynamo keeps using the original."""
+def add_leaves(gm: GraphModule, names: Sequence[str], inputs: Sequence[str] = ()) -> GraphModule:
+    """A copy of the captured graph with one input and one output more per name, and with more ``inputs`` behind them. Dynamo
+    keeps using the original."""
     graph, env = Graph(), {}
     for node in gm.graph.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
         if node.op == "placeholder":
             env[node]._dynamo_source = getattr(node, "_dynamo_source", None)
-    copy = GraphModule(gm, graph)
-    copy.meta = gm.meta
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     output = graph.output_node()
     leaves = []
     with graph.inserting_after(placeholders[-1]):
-        for name in reversed(names):
+        for name in reversed([*names, *inputs]):
             leaf = graph.placeholder(name)
             leaf._dynamo_source = None  # type: ignore[attr-defined]  # as for inputs that no user variable names
             leaves.insert(0, leaf)
     with graph.inserting_before(output):
-        probes = [graph.call_function(torch.ops.gnsfx.probe.default, (leaf,)) for leaf in leaves]
+        probes = [graph.call_function(torch.ops.gnsfx.probe.default, (leaf,)) for leaf in leaves[: len(names)]]
     output.args = ((*output.args[0], *probes),)  # type: ignore[misc]
-    copy.recompile()
+    copy = GraphModule(gm, graph)
+    copy.meta = gm.meta
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
     return copy
 
 
@@ -78,6 +79,7 @@ def attach_collectors(
     entries: Sequence[tuple[Node | None, str, int]],
     count: Node | None,
     coupled: bool,
+    variances: Sequence[Node | None] | None = None,
 ) -> None:
     """Let the first leaf's gradient be (2, n + 1): sums over examples, and how many; the second's, if any, (n, B); with
     ``entries`` the last one's all of them in one row.
@@ -85,7 +87,8 @@ def attach_collectors(
     ``sq_norms`` holds a (B,) node and the status per slot; without a node the slot says refused, or zero where unused.
     ``entries``: the same for the sums of single numbers, with how many there are.
     ``count``: a 0-d node with the number of examples, where that is data. The last column says refused where the graph
-    hands a coupled gradient to the graph before it.
+    hands a coupled gradient to the graph before it. ``variances``: with a budget, a (B,) node for each slot that is
+    estimated; their sums are a third row, 0 for what is exact.
 
     Raises:
         GraphError: the graph has no leaf.
@@ -111,7 +114,9 @@ def attach_collectors(
         if parts:
             stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
             columns.insert(0, emit(aten.sum.dim_IntList, stacked, [1]))
-        both = emit.view(emit(aten.cat.default, columns), [2, len(parts) + 1])
+        if variances is not None:
+            columns += _in_places(emit, [*variances, None], like)
+        both = emit.view(emit(aten.cat.default, columns), [2 + (variances is not None), len(parts) + 1])
         results = [both, stacked][: len(found) - bool(entries)]
         if entries:
             results.append(_side_by_side(emit, entries, like))
@@ -123,6 +128,23 @@ def attach_collectors(
             constant = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
             constant.meta["partitioner_tag"] = "is_forward"
         probe.replace_all_uses_with(constant)
+
+
+def _in_places(emit: Emitter, rows: Sequence[Node | None], like: dict[str, Any]) -> list[Node]:
+    """Pieces of a vector: the sums of (B,) nodes where they are, zeros elsewhere."""
+    given = [row for row in rows if row is not None]
+    if not given:
+        return [emit(aten.full.default, [len(rows)], 0.0, **like)]
+    sums = emit(aten.sum.dim_IntList, emit.cast(emit(torch.ops.gnsfx.collect.default, given), like["dtype"]), [1])
+    pieces, taken = [], 0
+    for here, run in itertools.groupby(rows, lambda row: row is not None):
+        length = len(list(run))
+        if here:
+            pieces.append(emit(aten.slice.Tensor, sums, 0, taken, taken + length))
+            taken += length
+        else:
+            pieces.append(emit(aten.full.default, [length], 0.0, **like))
+    return pieces
 
 
 def _side_by_side(emit: Emitter, entries: Sequence[tuple[Node | None, str, int]], like: dict[str, Any]) -> Node:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from gnsfx.passes.contractions import Contraction, Lookup, contraction, flat
+from gnsfx.passes.contractions import Contraction, Lookup
 from gnsfx.passes.emit import Emitter, accumulate_dtype
+from gnsfx.passes.find_contractions import contraction
 from gnsfx.passes.propagate import States
+from gnsfx.passes.rows import flat
 from gnsfx.passes.rules.bags import MAX, MEAN, bag_length, bags
 from gnsfx.passes.rules.table import Op, arguments, overloads
 from gnsfx.passes.state import Batched, Size
@@ -30,7 +32,7 @@ def bag_contraction(node: Node, states: States) -> Contraction | None:
         state = states[op["grad"]]
         return RaggedBags(node, state) if isinstance(state, Batched) else None
 
-    def build(emit: Emitter) -> tuple[Node, Node]:
+    def build(emit: Emitter) -> tuple[Node, Node, Node | None]:
         state = bags(Op(node, states, emit.examples, True), "grad")
         assert isinstance(state, Batched)
         if op["mode"] == MAX:
@@ -41,7 +43,7 @@ def bag_contraction(node: Node, states: States) -> Contraction | None:
     return Lookup(node, build, op["num_weights"])
 
 
-def _all(emit: Emitter, node: Node, state: Batched, length: Size) -> tuple[Node, Node]:
+def _all(emit: Emitter, node: Node, state: Batched, length: Size) -> tuple[Node, Node, Node | None]:
     """The gradient of a bag reaches each of its indices: ids (B, n*L), g (B, n*L, D) for n bags per example."""
     op = arguments(node)
     count, width = emit.shape(op["grad"])
@@ -55,7 +57,7 @@ def _all(emit: Emitter, node: Node, state: Batched, length: Size) -> tuple[Node,
     return flat(emit, ids, g, 2, keep)
 
 
-def _largest(emit: Emitter, node: Node, state: Batched) -> tuple[Node, Node]:
+def _largest(emit: Emitter, node: Node, state: Batched) -> tuple[Node, Node, Node | None]:
     """Column d of the gradient of a bag reaches the row that was largest there: ids (B, n*D), g (B, n*D, D)."""
     op = arguments(node)
     ids, g = emit.split(op["maximum_indices"], state), emit.split(op["grad"], state)

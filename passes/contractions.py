@@ -1,12 +1,14 @@
 """Contractions: the nodes where *batched* turns into *partial*, as records the planner and the rewrite understand.
 
-    mm((I, B*T), (B*T, O))                         Matmul       P_b = x_b^T g_b
-    sum((B, T, D), [0, 1])                         Reduction    P_b = sum_t g_bt
-    index_put(zeros, ids, g, accumulate)           Lookup       P_b = onehot(ids_b)^T g_b
-    convolution_backward(g, x, w)[1]               Convolution  P_b = the same op on one example
-    anything else whose rule says partial          Lifted       P_b = the op under torch.func.vmap
+    mm((I, B*T), (B*T, O))                    Matmul           P_b = x_b^T g_b
+    sum((B, T, D), [0, 1])                    Reduction        P_b = sum_t g_bt
+    index_put(zeros, ids, g, accumulate)      Lookup           P_b = onehot(ids_b)^T g_b
+    convolution_backward(g, x, w)[1]          Convolution      P_b = the same op on one example
+    convolution_backward(g, x, w)[2]          BiasReduction    P_b = sum over rows and space of g_b
+    anything else whose rule says partial     Lifted           P_b = the op under torch.func.vmap
 
-Each record can ``materialise`` the stack of all P_b, (B, *shape of the node).
+Each record can ``materialise`` the stack of all P_b, (B, *shape of the node). Which node is which:
+:mod:`gnsfx.passes.find_contractions`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gnsfx._torch import select_decomp_table, size_hint, tree_flatten, tree_unflatten
+from gnsfx._torch import known, select_decomp_table, size_hint, tree_flatten, tree_unflatten
 from gnsfx.passes.emit import Emitter, accumulate_dtype
-from gnsfx.passes.propagate import States
-from gnsfx.passes.rules.indexing import Layout
-from gnsfx.passes.rules.reductions import SUMS, removed
-from gnsfx.passes.rules.table import LINEAR, Op, arguments, overloads
+from gnsfx.passes.rows import skipping, without
+from gnsfx.passes.rules.reductions import removed
+from gnsfx.passes.rules.table import LINEAR, Op, arguments
 from gnsfx.passes.state import Batched, Size, product
 
 aten = torch.ops.aten
@@ -77,9 +78,10 @@ class Matmul(Contraction):
     def factors(self, emit: Emitter) -> tuple[Node, Node]:
         """x (B, E, T, I) and g (B, E, T, O)."""
         x, g = self.x.split(emit), self.g.split(emit)
+        x = emit.permute(x, [*range(x.meta["val"].dim() - 2), -1, -2])
         if x.meta["val"].dim() == 3:
-            x, g = emit(aten.unsqueeze.default, x, 1), emit(aten.unsqueeze.default, g, 1)
-        return emit.permute(x, [0, 1, 3, 2]), g
+            x, g = (emit.view(f, [(s := emit.shape(f))[0], 1, *s[1:]]) for f in (x, g))
+        return x, g
 
     def materialise(self, emit: Emitter) -> Node:
         x, g = self.x.split(emit), self.g.split(emit)
@@ -97,15 +99,14 @@ class Reduction(Contraction):
     g: Factor
 
     def materialise(self, emit: Emitter) -> Node:
-        op = arguments(self.node)
+        op, state = arguments(self.node), self.g.state
         shape = emit.shape(self.node)
-        split = self.g.split(emit)
         dims = removed(Op(self.node, {}, emit.examples, True))
-        dtype = accumulate_dtype(self.node.meta["val"].dtype)
-        if self.node.meta["val"].dtype.is_complex:
-            total = emit(aten.sum.dim_IntList, split, [d + 1 for d in dims])
+        if known(state.outer == 1) and known(state.inner == 1) and state.dim in dims:  # nothing of it is left to sum
+            rows, summed = emit.front(self.g.node, state), [d + (d < state.dim) for d in dims if d != state.dim]
         else:
-            total = emit(aten.sum.dim_IntList, split, [d + 1 for d in dims], False, dtype=dtype)
+            rows, summed = self.g.split(emit), [d + 1 for d in dims]
+        total = emit.sum(rows, summed, self.node.meta["val"].dtype)
         if "mean" in str(self.node.target):
             count = product([emit.shape(op["self"])[d] for d in dims])
             total = emit(aten.div.Tensor, total, emit.size(count))
@@ -113,14 +114,33 @@ class Reduction(Contraction):
 
 
 @dataclass(frozen=True, slots=True)
-class Lookup(Contraction):
-    """P_b = onehot(ids_b)^T g_b; ``ids`` (B, T) row numbers and ``g`` (B, T, D) are written by ``factors``."""
+class BiasReduction(Contraction):
+    """P_b = sum over rows and space of the output gradient (rows, O, ...)."""
 
-    build: Callable[[Emitter], tuple[Node, Node]]
+    g: Factor
+
+    def materialise(self, emit: Emitter) -> Node:
+        split = self.g.split(emit)  # (B, R, O, ...)
+        dims = [1, *range(3, split.meta["val"].dim())]
+        return emit.sum(split, dims, split.meta["val"].dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup(Contraction):
+    """P_b = onehot(ids_b)^T g_b; ``ids`` (B, T) row numbers, ``g`` (B, T, D) and the rows to keep (B, T, 1) are written by ``build``."""
+
+    build: Callable[[Emitter], tuple[Node, Node, Node | None]]
     rows: Size
 
     def factors(self, emit: Emitter) -> tuple[Node, Node]:
-        return self.build(emit)
+        """ids and g with zeros for row 0 in place of what is left out."""
+        ids, g, keep = self.build(emit)
+        return (ids, g) if keep is None else without(emit, ids, g, keep)
+
+    def marked(self, emit: Emitter) -> tuple[Node, Node]:
+        """ids, ``SKIPPED`` where something is left out, and g as it is: of it no copy is made."""
+        ids, g, keep = self.build(emit)
+        return (ids, g) if keep is None else (skipping(emit, ids, keep), g)
 
     def sizes(self, examples: Size) -> tuple[int, int, int, int]:
         """B, T, D, V as concrete hints; T is what the other sizes leave."""
@@ -156,6 +176,11 @@ class Convolution(Contraction):
     def factors(self, emit: Emitter) -> tuple[Node, Node]:
         """grad_output (B, R, O, ...) and input (B, R, C, ...)."""
         return self.g.split(emit), self.x.split(emit)
+
+    def rows(self, emit: Emitter) -> tuple[Node, Node]:
+        """The factors, or grad_output (B, O, ...) and input (B, C, ...) as they are where R is 1."""
+        one = all(known(f.node.meta["val"].shape[0] == emit.examples) for f in (self.g, self.x))
+        return (self.g.node, self.x.node) if one else self.factors(emit)
 
     def materialise(self, emit: Emitter) -> Node:
         """The examples side by side as groups of one convolution."""
@@ -207,149 +232,6 @@ def _vmapped(emit: Emitter, function: Any, inputs: list[Node], in_dims: tuple[in
     return emit.inline(traced.graph, inputs)
 
 
-# ------------------------------------------------------------------------------------------------------- the table
-
-Builder = Callable[[Node, States], Contraction | None]
-CONTRACTIONS: dict[Any, Builder] = {}
-
-
-def contraction(*targets: Any) -> Callable[[Builder], Builder]:
-    def enter(builder: Builder) -> Builder:
-        CONTRACTIONS.update(dict.fromkeys(targets, builder))
-        return builder
-
-    return enter
-
-
-def find_batched(node: Node, states: States) -> Contraction | None:
-    """The record of a node whose operands are batched and whose result is partial, else None."""
-    op = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(op, Node)
-    batched = [n for n in dict.fromkeys(op.all_input_nodes) if isinstance(states.get(n), Batched)]
-    if not batched:
-        return None
-    builder = CONTRACTIONS.get((op.target, node.args[1]) if op is not node else op.target)
-    found = builder(node, states) if builder else None
-    return found or Lifted(node, tuple(Factor(n, states[n]) for n in batched))
-
-
-@contraction(*overloads("aten.mm.default", "aten.bmm.default"))
-def matmul_contraction(node: Node, states: States) -> Contraction | None:
-    a, b = node.args
-    assert isinstance(a, Node) and isinstance(b, Node)
-    last = node.meta["val"].dim() - 1  # the contracted dimension is the last one of a and the one before of b
-    found = next(s for n in (a, b) if isinstance(s := states.get(n), Batched))
-    return Matmul(node, Factor(a, found.at(last)), Factor(b, found.at(last - 1)))
-
-
-@contraction(*SUMS)
-def sum_contraction(node: Node, states: States) -> Contraction | None:
-    g = node.args[0]
-    assert isinstance(g, Node)
-    return Reduction(node, Factor(g, states[g]))
-
-
-@contraction((aten.convolution_backward.default, 1))
-def convolution_contraction(node: Node, states: States) -> Contraction | None:
-    op = arguments(node.args[0])  # type: ignore[arg-type]
-    found = next(s for n in ("grad_output", "input") if isinstance(s := states.get(op[n]), Batched))
-    return Convolution(node, Factor(op["grad_output"], found), Factor(op["input"], found))
-
-
-@contraction((aten.convolution_backward.default, 2))
-def convolution_bias_contraction(node: Node, states: States) -> Contraction | None:
-    g = arguments(node.args[0])["grad_output"]  # type: ignore[arg-type]
-    state = states.get(g)
-    return BiasReduction(node, Factor(g, state)) if isinstance(state, Batched) else None
-
-
-@dataclass(frozen=True, slots=True)
-class BiasReduction(Contraction):
-    """P_b = sum over rows and space of the output gradient (rows, O, ...)."""
-
-    g: Factor
-
-    def materialise(self, emit: Emitter) -> Node:
-        split = self.g.split(emit)  # (B, R, O, ...)
-        dims = [1, *range(3, split.meta["val"].dim())]
-        return emit(aten.sum.dim_IntList, split, dims, False, dtype=accumulate_dtype(split.meta["val"].dtype))
-
-
-@contraction(*overloads("aten._trilinear.default"))
-def trilinear_contraction(node: Node, states: States) -> Contraction | None:
-    """A shared operand that has the examples' dimension is split as well: whole, it would broadcast against one example."""
-    op = arguments(node)
-    inserted = {op[f"i{k}"]: op[f"expand{k}"] for k in "123"}
-    found, at = next((s, a) for a in inserted if isinstance(s := states.get(a), Batched))
-    dim = [d for d in range(node.args[0].meta["val"].dim() + len(op["expand1"])) if d not in inserted[at]][found.dim]  # type: ignore[union-attr]
-    having = [a for a, dims in inserted.items() if dim not in dims]
-    return Lifted(node, tuple(Factor(a, found.at(dim - sum(d < dim for d in inserted[a]))) for a in having))
-
-
-@contraction(*overloads("aten.embedding_dense_backward.default"))
-def embedding_contraction(node: Node, states: States) -> Contraction | None:
-    op = arguments(node)
-    g, ids, padding = op["grad_output"], op["indices"], op["padding_idx"]
-    state = next(s for n in (g, ids) if isinstance(s := states.get(n), Batched))
-
-    def build(emit: Emitter) -> tuple[Node, Node]:
-        index = emit.split(ids, state)
-        keep = emit(aten.unsqueeze.default, emit(aten.ne.Scalar, index, padding), -1)
-        return flat(emit, index, emit.split(g, state), index.meta["val"].dim() - 1, keep)
-
-    return Lookup(node, build, op["num_weights"])
-
-
-@contraction(
-    *overloads(
-        "aten.index_put.default", "aten._unsafe_index_put.default", "aten._unsafe_masked_index_put_accumulate.default"
-    )
-)
-def index_put_contraction(node: Node, states: States) -> Contraction | None:
-    """Leading dimensions indexed by batched or shared indices, values batched inside the index dimensions."""
-    op = arguments(node)
-    table, indices, values, mask = op["self"], op["indices"], op["values"], op.get("mask")
-    layout = Layout(Op(node, states, 1, True), indices)
-    count, width = len(layout.nodes), len(layout.shape)
-    rest = table.meta["val"].shape[count:]
-    state = next((s for n in (values, *layout.nodes) if isinstance(s := states.get(n), Batched)), None)
-    plain = layout.where == list(range(count)) and values.meta["val"].dim() == width + len(rest) and not layout.masks
-    if state is None or not plain or not zeros(table):
-        return None
-    at = states[values].dim if isinstance(states.get(values), Batched) else None
-    if at is None:
-        node_ = next(n for n in layout.nodes if isinstance(states.get(n), Batched))
-        at = states[node_].dim + width - node_.meta["val"].dim()
-    if at >= width:
-        return None
-    sizes = table.meta["val"].shape[:count]
-
-    def build(emit: Emitter) -> tuple[Node, Node]:
-        row: Node | None = None
-        for index, size in zip(layout.nodes, sizes, strict=True):
-            if mask is None:
-                index = own_rows(emit, index, size)
-            row = index if row is None else emit(aten.add.Tensor, emit(aten.mul.Tensor, row, emit.size(size)), index)
-        assert row is not None
-        row = emit(aten.expand.default, row, [emit.size(s) for s in layout.shape])
-        here = state.at(at)
-        keep = mask
-        if keep is not None:
-            keep = emit(aten.expand.default, keep, [emit.size(s) for s in (*layout.shape, *[1] * len(rest))])
-            keep = emit.split(keep, here)
-        shape = (*layout.shape, *rest)
-        g = emit(aten.expand.default, values, [emit.size(s) for s in shape])
-        return flat(emit, emit.split(row, here), emit.split(g, here), width, keep)
-
-    return Lookup(node, build, product(sizes))
-
-
-def own_rows(emit: Emitter, index: Node, size: Size) -> Node:
-    """``index_put`` takes negative indices: -1 and size - 1 are one row."""
-    wrapped = emit(aten.add.Tensor, index, emit.size(size))
-    return emit(aten.where.self, emit(aten.lt.Scalar, index, 0), wrapped, index)
-
-
 def joint_terms(node: Node, summed: Collection[Node]) -> list[Node]:
     """Tensors that the op adds to those in ``summed``: they belong to all examples alike."""
     bound = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in arguments(node).items()}
@@ -357,27 +239,3 @@ def joint_terms(node: Node, summed: Collection[Node]) -> list[Node]:
     group = next((g for g in LINEAR.get(node.target, ()) if names <= g), frozenset())
     terms = [a for k in group for a in bound[k] if isinstance(a, Node) and a not in summed]
     return [a for a in terms if isinstance(a.meta.get("val"), torch.Tensor)]
-
-
-def zeros(table: Node) -> bool:
-    """Whether a value is zero everywhere, so that what is written into it is all there is."""
-    if table.target in (aten.full.default, aten.full_like.default):
-        return bool(table.args[1] == 0)
-    return table.target in (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
-
-
-def flat(emit: Emitter, ids: Node, g: Node, width: int, keep: Node | None) -> tuple[Node, Node]:
-    """ids (B, ...) and g (B, ..., *rest) -> (B, T) and (B, T, D); rows that ``keep`` leaves out become zeros in row 0."""
-    shape = emit.shape(g)
-    T, D = product(shape[1 : width + 1]), product(shape[width + 1 :])
-    if keep is not None:
-        ids, g = without(emit, ids, g, keep)
-    return emit.view(ids, [shape[0], T]), emit.view(g, [shape[0], T, D])
-
-
-def without(emit: Emitter, ids: Node, g: Node, keep: Node) -> tuple[Node, Node]:
-    """Rows that ``keep`` (*ids.shape, 1, ...) leaves out become zeros in row 0."""
-    zero, none = ({"dtype": n.meta["val"].dtype, "device": n.meta["val"].device, "pin_memory": False} for n in (g, ids))
-    g = emit(aten.where.self, keep, g, emit(aten.full.default, [], 0, **zero))
-    filler = emit(aten.full.default, [], 0, **none)
-    return emit(aten.where.self, emit.view(keep, list(emit.shape(ids))), ids, filler), g

@@ -1,4 +1,4 @@
-"""Writing nodes into a joint graph: metadata, symbolic sizes, and the two layouts every measurement starts from.
+"""Writing nodes into a joint graph, with metadata, and the layouts every measurement starts from.
 
 split    (..., outer*B*inner, ...)      -> (B, ..., outer*inner, ...)     the example axis in front
 square   (B, ...)                       -> (B,)                           in fp32, or fp64 for fp64
@@ -7,22 +7,15 @@ lift     f(partial, shared)             -> (B, ...)                       f appl
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gnsfx._torch import (
-    FloorDiv,
-    Mod,
-    PythonMod,
-    TangentAOTInput,
     detect_fake_mode,
     known,
     select_decomp_table,
@@ -33,8 +26,11 @@ from gnsfx._torch import (
 )
 from gnsfx.errors import GraphError
 from gnsfx.passes.joint_graph import fake
+from gnsfx.passes.lift_as import LIFT_AS, LIFT_STACKED
 from gnsfx.passes.rules.table import overloads
+from gnsfx.passes.sizes import Sizes
 from gnsfx.passes.state import Batched, Size, same_sizes
+from gnsfx.passes.strides import RESHAPES, overlaps, permuted, view_value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -44,83 +40,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _trilinear(
-    i1: Any, i2: Any, i3: Any, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1
-) -> Any:
-    for dims, position in ((expand1, 0), (expand2, 1), (expand3, 2)):
-        for dim in sorted(dims):
-            i1, i2, i3 = (t.unsqueeze(dim) if i == position else t for i, t in enumerate((i1, i2, i3)))
-    return (i1 * i2 * i3).sum(sumdim)
-
-
-def _weight_norm_backward(grad_w: Any, v: Any, g: Any, norms: Any, dim: int) -> tuple[Any, Any]:
-    """Of w = v * g / ||v||, the norm over all dimensions but ``dim``."""
-    projected = (grad_w * v).sum([d for d in range(v.dim()) if d != dim], keepdim=True)
-    return g / norms * (grad_w - v * projected / norms**2), projected / norms
-
-
-def _slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    size = self.shape[dim]  # an end behind it means "up to the end", and has no batching rule
-    beyond = isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end > size))
-    start, end = (at + size if isinstance(at, int) and at < 0 else at for at in (start, end))  # nor has a negative one
-    return torch.slice_scatter(self, src, dim, start, None if beyond else end, step)
-
-
-def _cdist_backward(grad: Any, x1: Any, x2: Any, p: float, cdist: Any) -> Any:
-    """PyTorch's own batching rule is wrong where only the gradient is batched (2.13)."""
-    if p == 2:
-        share = torch.where(cdist == 0, 0, grad / cdist)
-        return x1 * share.sum(-1, keepdim=True) - share @ x2
-    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
-    size, grad, cdist = difference.abs(), grad.unsqueeze(-1), cdist.unsqueeze(-1)
-    if p == math.inf:
-        slope = (size == cdist).to(size.dtype)
-    else:
-        slope = torch.zeros_like(size) if p == 0 else (size / cdist) ** (p - 1)
-    return torch.where(difference == 0, 0, difference.sign() * slope * grad).sum(-2)
-
-
-def _convert(a: Any, dtype: torch.dtype) -> Any:
-    """A gradient is not rounded below the dtype in which its squares are summed."""
-    narrower = a.dtype.is_floating_point and dtype.is_floating_point and dtype.itemsize < a.dtype.itemsize
-    return a if narrower else a.to(dtype)
-
-
-LIFT_AS: dict[Any, Any] = {
-    aten._trilinear.default: _trilinear,
-    aten._weight_norm_interface_backward.default: _weight_norm_backward,
-    prims.convert_element_type.default: _convert,
-    aten._to_copy.default: lambda a, dtype=None, **_: a if dtype is None else _convert(a, dtype),
-    prims.rev.default: torch.flip,
-    prims.fma.default: lambda a, b, c: a * b + c,
-    aten.slice_scatter.default: _slice_scatter,
-    aten._cdist_backward.default: _cdist_backward,
-    aten.copy.default: lambda self, src, *_: src.expand(self.shape),
-}
-"""What ``torch.func.vmap`` is given in place of ops that have no batching rule."""
-
-
-COMBINE: dict[Any, Any] = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-    FloorDiv: operator.floordiv,
-    Mod: operator.mod,
-    PythonMod: operator.mod,
-}
-"""How symbolic sizes are made of others."""
-
-
 WRITES = set(overloads("aten.index_put.default", "aten._unsafe_index_put.default", "aten.scatter.src", "aten.scatter.value",
                        "aten.scatter_add.default", "aten.scatter_reduce.two", "aten.index_add.default", "aten.index_copy.default",
                        "aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default",
                        "aten.as_strided_scatter.default", "aten.masked_scatter.default"))  # fmt: skip
 """Inductor runs these in place on their first argument, also where that is an expanded value whose entries share memory."""
-
-
-def _overlaps(value: torch.Tensor) -> bool:
-    return any(
-        known(stride == 0) and not known(size == 1) for size, stride in zip(value.shape, value.stride(), strict=True)
-    )
 
 
 class Emitter:
@@ -133,14 +57,8 @@ class Emitter:
         if mode is None:
             raise GraphError("the joint graph has no fake tensors; expected AOTAutograd of torch >= 2.11.")
         self.fake_mode = mode
-        self._sizes: dict[Any, Node] = {}
-        self._order = {node: i for i, node in enumerate(graph.nodes)}
-        for node in graph.nodes:
-            if node.op != "placeholder":
-                continue
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt):
-                self._sizes.setdefault(value.node.expr, node)
+        self._sizes = Sizes(graph)
+        self._traced = set(graph.nodes)
         self._like: Node | None = None
 
     @contextmanager
@@ -154,12 +72,16 @@ class Emitter:
             self._like = before
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        if target in WRITES and _overlaps(args[0].meta["val"]):
+        if target in WRITES and overlaps(args[0].meta["val"]):
             args = (self(aten.clone.default, args[0], memory_format=torch.contiguous_format), *args[1:])
-        node = self.graph.call_function(target, args, kwargs)
         values = tree_map(fake, (args, kwargs))
         with self.fake_mode:
-            node.meta["val"] = target(*values[0], **values[1])
+            value = target(*values[0], **values[1])
+        return self._insert(target, args, kwargs, value)
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
         if self._like is not None and "stack_trace" in self._like.meta:
             node.meta["stack_trace"] = self._like.meta["stack_trace"]
         node.meta["partitioner_tag"] = "is_backward"
@@ -167,54 +89,7 @@ class Emitter:
 
     def size(self, size: Size) -> int | Node:
         """A size as an argument: an int, or a node that computes it."""
-        size = simplified(size)
-        if not isinstance(size, torch.SymInt):
-            return size
-        expression = sympy.sympify(size.node.expr)
-        if expression.is_Integer:
-            return int(expression)
-        return self._expression(expression)
-
-    def _expression(self, expression: Any) -> int | Node:
-        if expression.is_Integer:
-            return int(expression)
-        if expression in self._sizes:
-            return self._sizes[expression]
-        found = self._from_inputs(expression)
-        if found is None and (type(expression) in COMBINE or _is_power(expression)):
-            combine = COMBINE.get(type(expression), operator.mul)
-            factors = [expression.args[0]] * int(expression.args[1]) if _is_power(expression) else expression.args
-            parts = [self._expression(part) for part in factors]
-            found = parts[0]
-            for part in parts[1:]:
-                found = self._sym(combine, found, part)
-        if not isinstance(found, Node):
-            raise GraphError(f"the size {expression} cannot be computed from the graph inputs.")
-        self._sizes[expression] = found
-        return found
-
-    def _from_inputs(self, expression: Any) -> Node | None:
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            if node.op != "placeholder" or not isinstance(value, torch.Tensor):
-                continue
-            if isinstance(node.meta.get("desc"), TangentAOTInput):
-                continue  # the forward does not have it
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and sympy.sympify(size.node.expr) == expression:
-                    return self._sym(aten.sym_size.int, node, dim)
-        return None
-
-    def _sym(self, target: Any, *args: Any) -> Node:
-        last = max((n for n in self.graph.nodes if n.op == "placeholder"), key=lambda n: self._order.get(n, -1))
-        anchor = max([last, *[a for a in args if isinstance(a, Node)]], key=lambda n: self._rank(n))
-        with self.graph.inserting_after(anchor):
-            node = self.graph.call_function(target, args)
-        node.meta["val"] = target(*[fake(a) for a in args])
-        return node
-
-    def _rank(self, node: Node) -> int:
-        return next(i for i, n in enumerate(self.graph.nodes) if n is node)
+        return self._sizes(size)
 
     # ------------------------------------------------------------------------------------------------- layouts
 
@@ -222,33 +97,72 @@ class Emitter:
         return tuple(map(simplified, node.meta["val"].shape))
 
     def view(self, node: Node, shape: Sequence[Size]) -> Node:
-        """A reshape that copies only where strides demand it."""
-        own = self.shape(node)
-        if same_sizes(own, shape):
-            return node
-        if not _viewable(node.meta["val"], shape, self.fake_mode):
-            node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
+        """A reshape that copies only where strides demand it; one of a reshape written here as one of its source."""
+        symbolic = any(isinstance(s, torch.SymInt) for s in shape)
+        for source in reversed(self._reshaped(node)):
+            if same_sizes(self.shape(source), shape):
+                return source
+            # with symbolic sizes, to ask whether strides allow a view may add guards
+            value = self._viewed(source, shape) if not symbolic or source is node else None
+            if value is not None:
+                return self._insert(aten.view.default, (source, [self.size(s) for s in shape]), {}, value)
+        node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
         return self(aten.view.default, node, [self.size(s) for s in shape])
 
+    def _viewed(self, node: Node, shape: Sequence[Size]) -> torch.Tensor | None:
+        with self.fake_mode:
+            return view_value(node.meta["val"], shape)
+
+    def _reshaped(self, node: Node) -> list[Node]:
+        """A node and, for a reshape written here, its source, and so on.
+
+        Not behind a reshape of the traced graph: where that is the operand of a matrix multiply, Inductor holds it in memory
+        already, and what lies behind it would be computed and stored once more.
+        """
+        found = [node]
+        while found[-1].target in RESHAPES and found[-1] not in self._traced:
+            found.append(found[-1].args[0])  # type: ignore[arg-type]
+        return found
+
     def permute(self, node: Node, dims: Sequence[int]) -> Node:
-        return node if list(dims) == list(range(len(dims))) else self(aten.permute.default, node, list(dims))
+        """One of a permutation is written as one of its source."""
+        dims = [d % len(dims) for d in dims]
+        while dims != list(range(len(dims))) and node.target is aten.permute.default:
+            node, inner = permuted(node)
+            dims = [inner[d] for d in dims]
+        return node if dims == list(range(len(dims))) else self(aten.permute.default, node, dims)
 
     def split(self, node: Node, state: Batched) -> Node:
         """(..., outer*B*inner, ...) -> (B, ..., outer*inner, ...): example b is ``result[b]``, with the rank of ``node``."""
+        if node.target is aten.permute.default:
+            source, dims = permuted(node)
+            return self.permute(self.split(source, state.at(dims[state.dim])), [0, *[d + 1 for d in dims]])
         shape, dim = self.shape(node), state.dim
-        if known(state.outer == 1) and known(state.inner == 1):
-            parts = self(aten.unsqueeze.default, node, dim + 1)
+        if known(state.outer == 1):
+            own = shape[dim] if known(state.inner == 1) else self.examples
+            parts = self.view(node, [*shape[:dim], own, state.inner, *shape[dim + 1 :]])
             return self.permute(parts, [dim, *[d for d in range(len(shape) + 1) if d != dim]])
         sizes = [*shape[:dim], state.outer, self.examples, state.inner, *shape[dim + 1 :]]
-        parts = self(aten.view.default, node, [self.size(s) for s in sizes])  # splitting one dimension never copies
+        parts = self.view(node, sizes)  # splitting one dimension never copies
         front = self.permute(parts, [dim + 1, *[d for d in range(len(sizes)) if d != dim + 1]])
         return self.view(front, [self.examples, *shape[:dim], state.outer * state.inner, *shape[dim + 1 :]])
+
+    def front(self, node: Node, state: Batched) -> Node:
+        """(..., B, ...) -> (B, ...): the dimension of the examples, where nothing is folded into it, in front."""
+        return self.permute(node, [state.dim, *[d for d in range(node.meta["val"].dim()) if d != state.dim]])
 
     def times(self, node: Node, factor: float) -> Node:
         return node if factor == 1.0 else self(aten.mul.Tensor, node, factor)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if node.meta["val"].dtype == dtype else self(prims.convert_element_type.default, node, dtype)
+
+    def sum(self, node: Node, dims: Sequence[int], dtype: torch.dtype) -> Node:
+        """In fp32, or fp64 for fp64 ``dtype``; complex numbers as they are."""
+        if node.meta["val"].dtype.is_complex:
+            return self(aten.sum.dim_IntList, node, list(dims)) if dims else node
+        dtype = accumulate_dtype(dtype)
+        return self(aten.sum.dim_IntList, node, list(dims), False, dtype=dtype) if dims else self.cast(node, dtype)
 
     def square(self, node: Node) -> Node:
         """(B, ...) -> (B,): squared norm of every example."""
@@ -287,6 +201,11 @@ class Emitter:
             return result if index is None else result[index]
 
         def batched(*values: Any) -> Any:
+            if target in LIFT_STACKED:
+                shared = [d is None and isinstance(v, torch.Tensor) for v, d in zip(values, in_dims, strict=True)]
+                stacks = [v.unsqueeze(0) if alone else v for v, alone in zip(values, shared, strict=True)]
+                args, kwargs = tree_unflatten([stacks[position[a]] if isinstance(a, Node) else a for a in flat], spec)
+                return LIFT_STACKED[target](*args, **kwargs)
             return torch.func.vmap(apply, in_dims=in_dims, randomness="same")(*values)
 
         with self.fake_mode:
@@ -305,16 +224,3 @@ class Emitter:
             elif node.op != "placeholder":
                 raise GraphError(f"a lifted op holds a constant ({node.format_node()}).")
         raise GraphError("a lifted op returns nothing.")
-
-
-def _is_power(expression: Any) -> bool:
-    return isinstance(expression, sympy.Pow) and bool(expression.args[1].is_Integer and expression.args[1] > 0)
-
-
-def _viewable(value: torch.Tensor, shape: Sequence[Size], mode: Any) -> bool:
-    try:
-        with mode:
-            aten.view.default(value, list(shape))
-    except (RuntimeError, ValueError):
-        return False
-    return True

@@ -5,7 +5,7 @@
     a row per example, B = 1     g^2
     shared                       g^2 / B                each example owns 1/B of it
 
-Everywhere else (ghost, chunked, segments, convolution, tied, rows chosen by data) the contributions never exist, and there
+Everywhere else (ghost, fused, segments, convolution, tied, rows chosen by data) the contributions never exist, and there
 is no result. |c_b|^2 does not see how the numbers lie; these sums do, so they follow the gradient through every view.
 """
 
@@ -27,6 +27,8 @@ aten = torch.ops.aten
 MOST_NUMBERS = 1 << 17
 """The largest parameter whose entries are kept. Fixed before anything is traced, for the collector's leaf has to fit."""
 STACKED = ("reduction", "lift", "materialise")
+ONE_BY_ONE = ("outer", "fused", "ghost")
+"""With one position per example their contributions are outer products."""
 
 
 def sum_entries(
@@ -46,7 +48,7 @@ def sum_entries(
         return emit(aten.div.Tensor, _square(emit, gradient), emit.size(emit.examples))
     if not isinstance(state, Partial):
         return None
-    if path == "outer":
+    if path in ONE_BY_ONE:
         terms = find_terms(gradient, states) or ()
         return _outer(emit, terms[0]) if len(terms) == 1 else None
     return emit(aten.sum.dim_IntList, _square(emit, stack(gradient)), [0]) if stack is not None else None
@@ -60,6 +62,8 @@ def _square(emit: Emitter, node: Node) -> Node:
 def _outer(emit: Emitter, term: Term) -> Node | None:
     found = term.contraction
     if not isinstance(found, Matmul) or term.transposed is None or found.node.meta["val"].dim() != 2:
+        return None
+    if not known(found.x.node.meta["val"].shape[found.x.state.dim] == emit.examples):  # several positions per example
         return None
     x, g = (_square(emit, emit.view(f, [emit.examples, emit.shape(f)[-1]])) for f in found.factors(emit))
     sums = emit(aten.mm.default, emit.permute(x, [1, 0]), g)

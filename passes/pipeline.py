@@ -10,22 +10,28 @@ check_graph         outputs and gradients keep their meaning
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, Node
 
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
+from gnsfx._torch import size_hint
+from gnsfx.kernels.ops import start_builds
 from gnsfx.passes.attach_collectors import attach_collectors
+from gnsfx.passes.budget import Item, spend
 from gnsfx.passes.check_graph import check_graph, signature
 from gnsfx.passes.documents import Documents, keep_apart
 from gnsfx.passes.emit import Emitter
+from gnsfx.passes.estimate import Estimator
 from gnsfx.passes.joint_graph import JointGraph, read_joint_graph
 from gnsfx.passes.measure import Measurer
 from gnsfx.passes.outside import OUTSIDE, find_outside, guard
+from gnsfx.passes.plain_step import memory_cap, plain_seconds
 from gnsfx.passes.propagate import States, propagate
 from gnsfx.passes.record import Record, explain_mixed, refuse
 from gnsfx.passes.select_path import Planner
+from gnsfx.passes.share_grams import share_grams
 from gnsfx.passes.state import Batched, Mixed, Shared, Size, State, describe, quotient, same_place
 
 
@@ -39,8 +45,11 @@ class Plan:
         batch: (input, dim, fold) such that the size there is fold * B: where B is read off.
         parameters: positions of all trainable parameters, measured or not.
         refusal: a reason to refuse every parameter, found before tracing.
-        memory: cap in bytes; forced: a path, or "auto".
+        memory: cap in bytes, None for a share of what the step holds; forced: a path, or "auto".
         elementwise: (slot, how many numbers) of the parameters whose squares are also kept number by number.
+        budget: share of the step's time that measuring may take; None: all of it is exact.
+        per_example: whether the norms of single examples are kept.
+        inputs: how many inputs the captured graph has; the leaves come behind them.
     """
 
     slots: tuple[int, ...]
@@ -48,10 +57,23 @@ class Plan:
     batch: tuple[int, int, int] | None
     refusal: str | None
     parameters: tuple[int, ...]
-    memory: int
+    memory: int | None
     forced: str
     documents: Documents | None = None
     elementwise: tuple[tuple[int, int], ...] = ()
+    budget: float | None = None
+    per_example: bool = False
+    inputs: int = 0
+
+    @property
+    def leaves(self) -> int:
+        """How many tensors the norms arrive in: sums, those of single examples, those of single numbers."""
+        return 1 + (self.per_example and bool(self.slots)) + bool(self.elementwise)
+
+    @property
+    def seed(self) -> int | None:
+        """With a budget, the position of the input that random numbers are made of."""
+        return None if self.budget is None else self.inputs + self.leaves
 
     def count(self, shape: Callable[[int], Sequence[Size]]) -> Size | None:
         """The number of examples, or of places for documents, given the shapes of the inputs; None where it is not known."""
@@ -96,7 +118,13 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     outside = find_outside(view, states)
     report.coupled = find_coupling(view, states, plan, refusal, outside)
     emit = Emitter(graph, examples)
-    measurer = Measurer(view, states, emit, Planner(examples, plan.memory, plan.forced))
+    planner = Planner(examples, memory_cap(view, plan.memory), plan.forced)
+    if refusal is None:
+        planner = replace(planner, grams=share_grams(view, states, plan.slots, planner))
+    estimator, excess = Estimator(emit), ""
+    if plan.budget is not None and refusal is None:
+        estimator, excess = choose_estimates(view, states, emit, planner, plan)
+    measurer = Measurer(view, states, emit, planner, estimator)
     kept = dict(plan.elementwise)
     for index in plan.slots:
         gradient, parameter = view.grads.get(index), view.inputs.get(index)
@@ -112,18 +140,44 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
                 record.entries = measurer.entries(record, gradient)
             guard(record, gradient, emit, view, outside)
     measurer.apply()
+    if excess and not estimator.chosen:
+        costliest = max(report.records, key=lambda record: record.extra)
+        costliest.reason = "; ".join(filter(None, (costliest.reason, excess)))
     count = None
     if plan.documents is not None and found is not None:
         keep_apart(report.records, view, states, emit, plan.documents)
         count = plan.documents.count(view, emit)
     norms = [(r.sq_norm, r.status) for r in report.records]
     entries = [(r.entries, r.status, kept[r.slot]) for r in report.records if r.slot in kept]
-    attach_collectors(graph, emit, norms, entries, count, report.coupled is not None)
+    variances = None if plan.budget is None else [r.variance for r in report.records]
+    attach_collectors(graph, emit, norms, entries, count, report.coupled is not None, variances)
     graph.eliminate_dead_code()
     check_graph(graph, contract)
+    start_builds(graph)
     if keep_text:
         report.after = print_graph(graph, states)
     return report
+
+
+def choose_estimates(
+    view: JointGraph, states: States, emit: Emitter, planner: Planner, plan: Plan
+) -> tuple[Estimator, str]:
+    """What is estimated within the budget, and why the budget is not kept, if it is not.
+
+    Everything is measured exactly first, on paper: nothing uses the nodes that this writes, and they are dropped at the end.
+    """
+    assert plan.budget is not None and plan.seed is not None
+    plain = plain_seconds(view.graph)
+    seed = view.inputs.get(plan.seed)
+    paper = Measurer(view, states, emit, planner, Estimator(emit, seed))
+    records = [paper.measure(Record(i, ()), view.grads[i]) for i in plan.slots if i in view.grads]
+    items = [
+        Item(r.slot, size_hint(view.grads[r.slot].meta["val"].numel()), r.extra, r.work)
+        for r in records
+        if r.status != "refused"
+    ]
+    found = spend(items, plain, plan.budget, plan.per_example)
+    return Estimator(emit, seed, found.estimates), found.excess
 
 
 def find_coupling(

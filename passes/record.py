@@ -4,26 +4,32 @@ condition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from gnsfx.kernels import cost
 from gnsfx.passes.attach_collectors import REFUSED
+from gnsfx.passes.budget import Work
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.joint_graph import source_line
 from gnsfx.passes.state import Mixed
+
+if TYPE_CHECKING:
+    from gnsfx.passes.select_path import Choice
 
 aten = torch.ops.aten
 
 
 @dataclass(slots=True)
 class Record:
-    """What was decided for one parameter. ``costs`` holds every candidate path; ``condition`` says why a run may refuse it;
-    ``entries`` is the sum of squares over the examples of every single number, where it was asked for and is known."""
+    """What was decided for one parameter. ``costs`` holds every candidate path, ``extra`` the seconds that the path taken is
+    expected to add to the gradient (0 where nothing is known); ``condition`` says why a run may refuse it;
+    ``entries`` is the sum of squares over the examples of every single number, where it was asked for and is known; ``work``
+    what estimating it would take, where that is possible; ``variance`` (B,) of an estimate."""
 
     slot: int
     shape: tuple[Any, ...]
@@ -31,10 +37,18 @@ class Record:
     operation: str = ""
     path: str = ""
     reason: str = ""
-    costs: dict[str, cost.Cost] = field(default_factory=dict)
+    costs: Mapping[str, cost.Cost] = field(default_factory=dict)
+    extra: float = 0.0
     sq_norm: Node | None = None
     entries: Node | None = None
     condition: str = ""
+    work: Work | None = None
+    variance: Node | None = None
+
+    def take(self, choice: Choice) -> None:
+        """The path that was chosen, with its costs."""
+        self.path, self.costs, self.extra = choice.path, choice.costs, choice.extra
+        self.reason = choice.note
 
 
 def explain_mixed(mixed: Mixed) -> str:

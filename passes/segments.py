@@ -18,9 +18,10 @@ from torch.fx import Node
 
 from gnsfx._torch import known
 from gnsfx.errors import GraphError
-from gnsfx.passes.contractions import Contraction, joint_terms, own_rows, without, zeros
+from gnsfx.passes.contractions import Contraction, joint_terms
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.propagate import States
+from gnsfx.passes.rows import own_rows, without, zeros
 from gnsfx.passes.rules.reductions import SUMS, removed
 from gnsfx.passes.rules.table import LINEAR, Op, arguments, overloads
 from gnsfx.passes.state import Ids, Routed, Size, product, same_ids

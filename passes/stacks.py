@@ -81,11 +81,7 @@ class Stacks:
         return stack
 
     def replace_by_sum(self, node: Node, stack: Node) -> None:
-        dtype = accumulate_dtype(node.meta["val"].dtype)
-        if stack.meta["val"].dtype.is_complex:
-            total = self.emit(aten.sum.dim_IntList, stack, [0])
-        else:
-            total = self.emit(aten.sum.dim_IntList, stack, [0], False, dtype=dtype)
+        total = self.emit.sum(stack, [0], node.meta["val"].dtype)
         self.replace(node, total)
 
     def replace(self, node: Node, value: Node) -> None:

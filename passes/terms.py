@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from gnsfx.passes.contractions import Contraction, find_batched
+from gnsfx.passes.contractions import Contraction
+from gnsfx.passes.find_contractions import find_batched
 from gnsfx.passes.propagate import States
 from gnsfx.passes.rules.table import overloads
 from gnsfx.passes.segments import find_routed, routed_operand

@@ -18,7 +18,7 @@ from tests.passes.test_measure import SYMBOLIC, Cast, build, named
 from tests.zoo import floats, squares
 
 WHOLE = {"reduction", "lift", "materialise", "rows", "whole", "shared"}  # paths that know the single numbers, always
-SOME = {"outer", "segments"}
+SOME = {"outer", "segments", "ghost", "fused"}  # of one position per example, or of rows that all look up
 # fmt: off
 SAMPLE = ("linear_2d", "linear_3d", "batch_last", "reused", "matvec_3d", "attention_with_bias_kv", "low_rank_table", "positions",
           "repeated_positions", "position_rows", "layer_norm", "layer_norm_2d", "group_norm", "norm_reused", "temperature",
@@ -70,13 +70,13 @@ def test_every_kind_of_path_is_among_them() -> None:
     kinds = {
         "reduction": "layer_norm",
         "lift": "checkerboard",
-        "materialise": "linear_3d",
         "outer": "linear_2d",
         "segments": "repeated_positions",
         "rows": "rows_of_examples",
         "shared": "weight_decay_alone",
     }
     assert all(path in compare(name) for path, name in kinds.items())
+    assert "materialise" in compare("linear_3d", **{"gns.path": "materialise"})
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "linear_2d", "conv_weight_norm", "positions", "cross_entropy_mean"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gnsfx import collector
-from gnsfx.backend import trace
+from gnsfx.captured_graph import trace
 from tests.passes.models import Model
 from tests.zoo import GPT, floats, ids, squares
 
