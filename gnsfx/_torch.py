@@ -45,13 +45,23 @@ from torch._functorch._aot_autograd.utils import (
     make_boxed_func,
 )  # the calling convention AOTAutograd asks of a compiler
 from torch._functorch.partitioners import default_partition  # splits the rewritten joint graph for "eager"
-from torch._guards import detect_fake_mode  # new metadata must live in the fake mode of the graph
+from torch._guards import (
+    TracingContext,  # holds, while a graph is compiled, the metadata that the compile caches store with it
+    detect_fake_mode,  # new metadata must live in the fake mode of the graph
+)
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options  # the meaning of torch.compile(mode=...)
-from torch._inductor.compile_fx import compile_fx  # plain Inductor
+from torch._inductor import (
+    cpp_builder,  # the compiler and the OpenMP runtime of Inductor's own code: our kernels share them
+    list_mode_options,  # the meaning of torch.compile(mode=...)
+)
+from torch._inductor.compile_fx import (
+    compile_fx,  # plain Inductor
+    compile_fx_inner,  # and its part behind AOTAutograd, once for a forward and once for a backward
+)
 from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a uuid keeps the compile caches on
 from torch._inductor.decomposition import select_decomp_table  # rules are written for Inductor's decomposed graphs
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._utils import _flatten_dense_tensors as flatten_dense_tensors  # tensors side by side, in one call
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod  # how symbolic sizes divide
@@ -71,17 +81,21 @@ __all__ = [
     "allows_rnn",
     "aot_autograd",
     "compile_fx",
+    "compiler_and_openmp",
+    "compiler_that_keeps",
     "current_backward",
     "default_partition",
     "detect_fake_mode",
     "divisible",
     "exact_quotient",
+    "flatten_dense_tensors",
     "forbid_in_graph",
     "force_backend",
     "graph_key",
     "graphs_apart",
     "inductor_config",
     "is_fake",
+    "kept_with",
     "known",
     "list_mode_options",
     "make_boxed_func",
@@ -158,9 +172,8 @@ def allows_rnn() -> bool:
     return dynamo_config.allow_rnn
 
 
-def current_backward() -> int:
-    """The id of the running ``backward()`` call, -1 outside. Two graphs in one call see the same id."""
-    return torch._C._current_graph_task_id()
+# The id of the running ``backward()`` call, -1 outside. Two graphs in one call see the same id.
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def is_fake(value: Any) -> bool:
@@ -168,9 +181,45 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def compiler_and_openmp() -> tuple[str, list[str], list[str]]:
+    """The C++ compiler that Inductor uses, and what to tell it before and behind the source to get Inductor's OpenMP.
+
+    Two OpenMP runtimes in one process would be two pools of threads that wait for work on the same cores.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    compiler = cpp_builder.get_cpp_compiler()
+    compile, link, includes, folders, libraries, others = cpp_builder._get_openmp_args(compiler)
+    before = [*(f"-{flag}" for flag in compile), *(f"-I{path}" for path in includes)]
+    behind = [*(f"-{flag}" for flag in link), *(f"-L{path}" for path in folders), *(f"-l{name}" for name in libraries)]
+    return compiler, before, [*behind, *others]
+
+
 def sources_of(gm: torch.fx.GraphModule) -> list[Any]:
     """Where Dynamo found each graph input (``L['self']._modules[...]``), None for inputs of its own making."""
     return [getattr(node, "_dynamo_source", None) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+_KEPT = "gnsfx_report"  # an attribute of the metadata, which is pickled as a whole
+
+
+def compiler_that_keeps(take: Callable[[], bytes | None]) -> Callable[..., Any]:
+    """Inductor behind AOTAutograd; what ``take`` returns goes with the compiled graph into the compile caches."""
+
+    def compile_and_keep(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        context = TracingContext.try_get()
+        kept = take() if context is not None and context.fw_metadata is not None else None
+        if kept is not None:
+            setattr(context.fw_metadata, _KEPT, kept)  # type: ignore[union-attr]
+        return compile_fx_inner(gm, inputs, **kwargs)
+
+    return compile_and_keep
+
+
+def kept_with(node: Any) -> bytes | None:
+    """What was kept with the compiled graph that made an autograd node, in this process or in one before."""
+    return getattr(getattr(getattr(node, "_forward_cls", None), "metadata", None), _KEPT, None)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gnsfx._torch import WeakIdKeyDictionary, detect_fake_mode, never_trace
 from gnsfx._torch_distributed import active_wrapper
+from gnsfx.draws import draw_seed
 from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.leaves import Collector, entries_row
 from gnsfx.marks import produced
@@ -27,10 +28,15 @@ class Call:
     __slots__ = ("begun", "collector", "epoch", "examples", "leaves", "moved", "per_example", "used")
 
     def __init__(
-        self, collector: Collector, per_example: Tensor | None, examples: int | None, moved: str | None
+        self,
+        collector: Collector,
+        per_example: Tensor | None,
+        examples: int | None,
+        moved: str | None,
+        seed: Tensor | None = None,
     ) -> None:
         self.collector, self.per_example, self.examples, self.moved = collector, per_example, examples, moved
-        self.leaves = [leaf for leaf in (collector.leaf, per_example, collector.entries) if leaf is not None]
+        self.leaves = [leaf for leaf in (collector.leaf, per_example, collector.entries, seed) if leaf is not None]
         self.begun: int | None = None
         self.used, self.epoch = False, 0
 
@@ -79,6 +85,7 @@ class Collectors:
         device: torch.device,
         elementwise: Sequence[tuple[int, int]],
         unselected: Sequence[int] = (),
+        budgeted: bool = False,
     ) -> None:
         """``count``: the number of examples, given the shapes of the inputs. ``assumed``: inputs whose dimension 0 is taken for
         the examples, and is if no eager code moved its rows. ``elementwise``: inputs with squares of their own for each of so
@@ -96,16 +103,19 @@ class Collectors:
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
         # a graph without parameters has one collector
         self._without = {} if not parameters and not unselected else None
+        self._all_slots = (*self._slots, *self._unselected)
+        self._inputs: list[int] | None = None  # all others
+        self._budgeted = budgeted
 
     def call(self, args: Sequence[Any]) -> Call:
-        parameters, unselected = ([args[i] for i in where] for where in (self._slots, self._unselected))
-        all_of_them = [*parameters, *unselected]
+        all_of_them = [args[i] for i in self._all_slots]
         of_first = self._without if self._without is not None else self._of.setdefault(all_of_them[0], {})
         key = tuple(map(id, all_of_them))
         collector = of_first.get(key)
         if collector is None or not collector.belongs_to(all_of_them):
+            parameters, unselected = all_of_them[: len(self._slots)], all_of_them[len(self._slots) :]
             collector = of_first[key] = Collector(
-                self._graph, parameters, self._dtype, self._device, self._spans, unselected
+                self._graph, parameters, self._dtype, self._device, self._spans, unselected, self._rows
             )
             self._graph.note_unselected(args)
         wrapper = active_wrapper()
@@ -114,20 +124,29 @@ class Collectors:
         per_example, examples = None, self._examples(args)
         if self._per_example:
             per_example = torch.zeros(
-                len(parameters),
+                len(self._slots),
                 1 if examples is None else examples,
                 dtype=self._dtype,
                 device=self._device,
                 requires_grad=True,
             )
         moved = None
-        for index, value in enumerate(args):
+        if self._inputs is None:
+            self._inputs = sorted({*range(len(args))} - {*self._all_slots})  # parameters come from no graph
+        for index in self._inputs:
+            value = args[index]
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 for earlier in producers(value):
                     earlier.later.add(collector)
                 if index in self._assumed and moved is None and produced(value) is None:
                     moved = moved_rows(value, PRODUCER)
-        return Call(collector, per_example, examples, moved)
+        seed = draw_seed(self._device) if self._budgeted else None
+        return Call(collector, per_example, examples, moved, seed)
+
+    @property
+    def _rows(self) -> int:
+        """Sums, numbers of examples, and with a budget the variance of the sums."""
+        return 3 if self._budgeted else 2
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
         return self._count(lambda i: inputs[i].shape)
@@ -137,7 +156,7 @@ class Collectors:
         mode = detect_fake_mode(list(inputs))
         n = len(self._slots)
         assert mode is not None
-        leaf = torch.zeros(2, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
+        leaf = torch.zeros(self._rows, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
         leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
         if self._per_example:
             examples = self._examples(inputs)
@@ -153,4 +172,6 @@ class Collectors:
                 )
         if (entries := entries_row(self._spans, self._dtype, self._device)) is not None:
             leaves.append(mode.from_tensor(entries, static_shapes=True))
+        if self._budgeted:
+            leaves.append(mode.from_tensor(torch.zeros((), dtype=torch.int64, device=self._device), static_shapes=True))
         return leaves

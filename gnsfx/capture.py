@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from gnsfx import marks
 from gnsfx._torch import size_hint
@@ -52,7 +52,8 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
     for index, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
         if isinstance(value, nn.Parameter) and value.requires_grad:
             names[index] = parameter_name(node)
-    chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i]))
+    normalising = modules_that_normalise(gm.graph) if options.params == "norm" else frozenset()
+    chosen = tuple(i for i, name in names.items() if selects(options, name, inputs[i], placeholders[i], normalising))
     documents, refusal = packed_inputs(placeholders, inputs)
     if documents is None and refusal is None:
         states, batch, refusal = batch_states(placeholders, inputs)
@@ -61,7 +62,10 @@ def read_capture(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Ca
     else:
         states, batch = ({} if documents is None else shared_inputs(placeholders, inputs, documents)), None
     kept = tuple((i, n) for i in chosen if (n := numbers_kept(inputs[i], options)))
-    plan = Plan(chosen, states, batch, refusal, tuple(names), options.memory, options.path, documents, kept)
+    plan = Plan(
+        chosen, states, batch, refusal, tuple(names), options.memory, options.path, documents, kept,
+        options.budget if chosen else None, options.per_example, len(placeholders),
+    )  # fmt: skip
     assumed = frozenset(i for i, v in enumerate(inputs) if isinstance(states.get(i), Batched) and _unrecorded(v))
     free = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.dim()]
     unmarked = {i: source_name(placeholders[i]) for i in free if marks.marked(inputs[i]) is marks.UNMARKED}
@@ -102,10 +106,10 @@ def is_module_state(node: Node) -> bool:
 # ------------------------------------------------------------------------------------------------------- selection
 
 
-def selects(options: Options, name: str, parameter: Tensor, node: Node) -> bool:
+def selects(options: Options, name: str, parameter: Tensor, node: Node, normalising: Collection[str]) -> bool:
     if callable(options.params):
         return bool(options.params(name, parameter))
-    return options.params == "all" or is_norm_parameter(node, parameter)
+    return options.params == "all" or is_norm_parameter(node, parameter, normalising)
 
 
 def numbers_kept(parameter: Tensor, options: Options) -> int:
@@ -114,22 +118,32 @@ def numbers_kept(parameter: Tensor, options: Options) -> int:
     return parameter.numel() if options.elementwise and small else 0
 
 
-def is_norm_parameter(node: Node, parameter: Tensor) -> bool:
+def is_norm_parameter(node: Node, parameter: Tensor, normalising: Collection[str]) -> bool:
     """Scale or shift of a normalisation layer: a layer of PyTorch, a module called ``...Norm``, or one that normalises."""
-    consumers = list(node.users)
-    for user in consumers:
+    for user in node.users:
         if _called(user) in NORM_FUNCTIONS:
             return True
-        stack = list((user.meta.get("nn_module_stack") or {}).items())
-        if parameter.dim() > 1 or not stack:
+        module, kind = _module_of(user)
+        if parameter.dim() > 1 or module is None:
             continue
-        key, (_, kind) = stack[-1]
-        if "norm" in getattr(kind, "__name__", str(kind)).rsplit(".", 1)[-1].lower():
-            return True
-        peers = (n for n in node.graph.nodes if list(n.meta.get("nn_module_stack") or {})[-1:] == [key])
-        if any(_called(n) in NORMALISES for n in peers):
+        if "norm" in getattr(kind, "__name__", str(kind)).rsplit(".", 1)[-1].lower() or module in normalising:
             return True
     return False
+
+
+def modules_that_normalise(graph: Graph) -> frozenset[str]:
+    """The modules, by their key in ``nn_module_stack``, that divide by a norm or a deviation themselves."""
+    found = (_module_of(node)[0] for node in graph.nodes if _called(node) in NORMALISES)
+    return frozenset(module for module in found if module is not None)
+
+
+def _module_of(node: Node) -> tuple[str | None, Any]:
+    """The innermost module whose code a node comes from: its key and its class."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return None, None
+    module = next(reversed(stack))
+    return module, stack[module][1]
 
 
 def _called(node: Node) -> str:

@@ -1,19 +1,20 @@
-"""Reading the norms of a model: all at once for the estimator, by name for the user, and why there is nothing to read."""
+"""Reading the norms of a model: all at once for the estimator, by name for the user."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gnsfx._torch import allows_rnn
+from gnsfx.diagnosis import compiled, diagnose, refused_in_run
 from gnsfx.errors import NotMeasuredError
 from gnsfx.leaves import Collector, collectors_of
-from gnsfx.tracked import MEASURED, tracked_of
+from gnsfx.parameters import trainable
+from gnsfx.tracked import MEASURED, standing_in, tracked_of
 from gnsfx.unmeasured import FOREIGN, left_out, measured_in_part, refused_whole
 
 NOT_COMPILED = "no compiled graph measures it"
@@ -48,6 +49,7 @@ class Totals:
         micro_batches: the number of examples of each backward pass in them, in order; None where it is data (packed
             documents). A parameter that some of these passes did not reach has fewer examples than their sum.
         places: per trainable parameter the collectors and slots that measured it; empty where none did.
+        variances: (number of measured parameters,): estimated, of the sums, 0 where they are exact; None without a budget.
     """
 
     names: list[str]
@@ -57,6 +59,7 @@ class Totals:
     collectors: list[Collector]
     micro_batches: tuple[int | None, ...] = ()
     places: list[list[tuple[Collector, int]]] = field(default_factory=list)
+    variances: Tensor | None = None
 
     def clear(self) -> None:
         """Start a new step."""
@@ -73,16 +76,16 @@ class Totals:
 def totals(model: nn.Module) -> Totals:
     """Everything measured since the gradients were last zeroed. No host synchronisation, but for the first reading after
     a compile-cache hit."""
-    names, parameters, refusals, places = [], [], [], []
+    names, parameters = trainable(model)
+    refusals, places = [], []
     offsets: dict[Collector, int] = {}
     slots_of: dict[Collector, list[int]] = {}
     columns: list[int] = []  # of the leaves side by side
     owners: list[int] = []  # for each column the measured parameter
     measured = width = 0
-    for name, parameter in _named_parameters(model):
-        refusal, entries = _entries(parameter)
-        names.append(name)
-        parameters.append(_owner(parameter))
+    asked: dict[Collector, _Said | None] = {}
+    for parameter in parameters:
+        refusal, entries = _entries(parameter, asked)
         refusals.append(refusal)
         places.append(entries)
         for collector, slot in entries:
@@ -94,18 +97,31 @@ def totals(model: nn.Module) -> Totals:
             columns.append(offsets[collector] + slot)
             owners.append(measured)
         measured += refusal is None
+    if standing_in():
+        parameters = [_owner(parameter) for parameter in parameters]
     if not measured:
         return Totals(names, parameters, refusals, None, [])
     grads = [g for c in offsets if (g := c.leaf.grad) is not None]
     device, dtype = grads[0].device, max((g.dtype for g in grads), key=lambda d: d.itemsize)
-    values = grads[0] if len(grads) == 1 else torch.cat([g.to(device=device, dtype=dtype) for g in grads], 1)
+    rows = max(len(g) for g in grads)
+    values = (
+        grads[0]
+        if len(grads) == 1
+        else torch.cat([_with_rows(g.to(device=device, dtype=dtype), rows) for g in grads], 1)
+    )
     if columns == list(range(width - 1)):
         values = values[:, :-1]
     else:
         values = values.index_select(1, index(tuple(columns), device))
     if len(owners) > measured:
-        values = values.new_zeros(2, measured).index_add_(1, index(tuple(owners), device), values)
-    return Totals(names, parameters, refusals, values, list(offsets), _micro_batches(slots_of), places)
+        values = values.new_zeros(len(values), measured).index_add_(1, index(tuple(owners), device), values)
+    variances = values[2] if rows > 2 else None
+    return Totals(names, parameters, refusals, values[:2], list(offsets), _micro_batches(slots_of), places, variances)
+
+
+def _with_rows(sums: Tensor, rows: int) -> Tensor:
+    """Sums of a graph without a budget beside those of one that has one."""
+    return sums if len(sums) == rows else torch.cat([sums, sums.new_zeros(rows - len(sums), sums.shape[1])])
 
 
 def _micro_batches(slots_of: dict[Collector, list[int]]) -> tuple[int | None, ...]:
@@ -115,22 +131,6 @@ def _micro_batches(slots_of: dict[Collector, list[int]]) -> tuple[int | None, ..
         for backward, examples in collector.backwards(slots):
             found[backward] = None if examples is None else found.get(backward, examples)
     return tuple(found[backward] for backward in sorted(found))
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable ones of ``model.named_parameters()``, in its order, in a quarter of its time: this runs every step."""
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        prefix, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield prefix + name, parameter
-        stack += [(f"{prefix}{name}.", m) for name, m in reversed(module._modules.items()) if m is not None]
 
 
 @functools.lru_cache(maxsize=64)
@@ -146,26 +146,56 @@ def _owner(parameter: nn.Parameter) -> nn.Parameter:
     return parameter if owner is None else owner
 
 
-def _entries(parameter: nn.Parameter) -> tuple[str | None, list[tuple[Collector, int]]]:
-    """Why a parameter is not measured, or where its norms are."""
+class _Said(NamedTuple):
+    """What a collector that holds norms says of all its parameters: slot -> refusal, and why all are coupled."""
+
+    refusals: Mapping[int, str]
+    coupled: str | None
+    nothing: bool
+
+
+def _say(collector: Collector) -> _Said | None:
+    norms = collector.leaf.grad
+    if norms is None:
+        return None
+    refusals = collector.graph.refusals_of(norms)
+    coupled = collector.coupled() if collector.later else None
+    refusals = {**refusals, **collector.refused} if collector.refused else refusals
+    return _Said(refusals, coupled and f"{DOWNSTREAM}: {coupled}", not refusals and coupled is None)
+
+
+def _entries(
+    parameter: nn.Parameter, asked: dict[Collector, _Said | None]
+) -> tuple[str | None, list[tuple[Collector, int]]]:
+    """Why a parameter is not measured, or where its norms are. ``asked``: what collectors said before."""
     tracked = tracked_of(parameter)
     if tracked is None:
         known = left_out(parameter) if parameter.grad is not None else None
         return known or refused_whole(parameter) or NOT_COMPILED, []
-    if not tracked.gradients():
+    if parameter.grad is None and not tracked.has_gradient():
         return ZEROED, []
     whole = tracked.parts == MEASURED  # asked once: this runs for every parameter in every step
+    if whole and len(tracked.collectors) == 1:
+        collector = tracked.collectors[0][0]
+        if collector not in asked:
+            asked[collector] = _say(collector)
+        if (said := asked[collector]) is not None and said.nothing:
+            return None, tracked.collectors.copy()
     if not whole and (reason := left_out(parameter) or measured_in_part(parameter)) is not None:
         return reason, []
-    entries = [(c, s) for c, s in tracked.collectors if c.leaf.grad is not None]
+    entries = []
+    for entry in tracked.collectors:
+        if entry[0] not in asked:
+            asked[entry[0]] = _say(entry[0])
+        if asked[entry[0]] is not None:
+            entries.append(entry)
     if not entries:
         return (FOREIGN if tracked.foreign else UNREACHED), []
     if not whole and tracked.foreign:
         return next((r for c, s in entries if (r := c.refused.get(s)) is not None), FOREIGN), []
     for collector, slot in entries:
-        reason = collector.refused.get(slot) or collector.graph.refusal_of(slot, collector.leaf.grad)
-        if reason is None and collector.later and (coupled := collector.coupled()) is not None:
-            reason = f"{DOWNSTREAM}: {coupled}"
+        said: Any = asked[collector]
+        reason = said.refusals.get(slot) or said.coupled
         if reason is not None:
             return reason, []
     return None, entries
@@ -187,84 +217,18 @@ def measurements(model: nn.Module) -> list[Measurement]:
     return rows
 
 
-def refused_in_run(model: nn.Module) -> dict[Collector, dict[int, str]]:
-    """Slots that are measured in general and not in this step, with the reason: what left the graph was used there, or
-    packed documents saw each other. One read of each collector that may refuse so."""
-    return {c: c.graph.refused_in_run(c.leaf.grad) for c in compiled(model) if c.leaf.grad is not None}
-
-
 def clear(model: nn.Module) -> None:
     """Start a new step."""
     for collector in compiled(model):
         collector.clear(range(len(collector.parameters)))
 
 
-def compiled(model: nn.Module) -> list[Collector]:
-    """Every collector of the model's parameters, in the order they were compiled."""
-    found = [c for p in model.parameters() for c, _ in collectors_of(p)]
-    return list(dict.fromkeys(found))
-
-
-def zeroed(model: nn.Module) -> bool:
-    """Whether the gradients of a backward pass that was measured are gone."""
-    return any(c.leaf.grad is not None for c in compiled(model)) and all(p.grad is None for p in model.parameters())
-
-
-def diagnose(model: nn.Module) -> str | None:
-    """Why there is nothing to read at all, as a sentence that says what to do; None if there is something."""
-    collectors, gone = compiled(model), all(p.grad is None for p in model.parameters())
-    arrived = any(c.leaf.grad is not None for c in collectors)
-    if arrived and not gone:
-        return None
-    if collectors:
-        if arrived:
-            return "the gradients were zeroed after the last backward pass. Read before optimizer.zero_grad(), right after loss.backward()."
-        if any(c.taken for c in collectors) and not gone:
-            return (
-                "no backward pass was measured since noise.step() took the last one. Call it once per step, after the last "
-                "loss.backward(); one NoiseScale takes all that a graph measured: for parts of a model, read by_group() of one."
-            )
-        if any(c.begun >= 0 for c in collectors):
-            return (
-                "a backward pass ran, but left nothing in the collectors: torch.autograd.grad and backward(inputs=...) fill no .grad. "
-                "Call loss.backward(), then read before optimizer.zero_grad()."
-            )
-        return "the model is compiled, but no backward pass ran since the last step. Call loss.backward() first."
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        return (
-            f"{type(model).__name__}.compile() compiled no graph: called in place, torch.compile skips classes that live in torch.nn, and "
-            'a model that was not called yet. Use model = torch.compile(model, backend="gns"), or put the layers into a class of your own.'
-        )
-    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
-        return (
-            "no graph was compiled. Around a class that lives in torch.nn, torch.compile(DistributedDataParallel(model)) compiles nothing: use "
-            'DistributedDataParallel(torch.compile(model, backend="gns")), or put the layers into a class of your own. Then run a '
-            "forward and backward pass."
-        )
-    return (
-        'no parameter of this model was seen by a graph compiled with backend="gns" that ran with gradients enabled. '
-        'Use model = torch.compile(model, backend="gns") (or model.compile(backend="gns")) and run a forward and backward pass. '
-        "A graph break inside a layer of torch.nn leaves all around it in eager mode: TORCH_LOGS=graph_breaks names it."
-        f"{skipped(model)}"
-    )
-
-
-def skipped(model: nn.Module) -> str:
-    """What to set for the layers that Dynamo does not trace by default, as a sentence; empty for a model without them."""
-    layers = [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    if not layers or allows_rnn():
-        return ""
-    return (
-        f" Dynamo runs {layers[0][1]} ({layers[0][0] or 'the model'}), and what follows it in the same function, in eager mode: "
-        "set torch._dynamo.config.allow_rnn = True before compiling."
-    )
-
-
 def sq_norms(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> 0-d tensor: sum over examples of the squared norm of their contribution to ``p.grad``.
 
     Counted since the gradient was last zeroed (by ``zero_grad`` or ``NoiseScale.step``). Parameters that are refused or
-    not compiled are absent; :func:`gnsfx.coverage` lists them with the reason.
+    not compiled are absent; :func:`gnsfx.coverage` lists them with the reason. With ``gns.budget``, unbiased estimates for the
+    parameters that it calls estimated.
 
     Raises:
         NotMeasuredError: there is nothing to read, with the reason and what to do.
@@ -281,7 +245,8 @@ def sq_norms(model: nn.Module) -> dict[str, Tensor]:
 def per_example_sq_norms(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> (n,) tensor: squared norm of each example's contribution, in the order they were seen.
 
-    Needs ``options={"gns.per_example": True}``. With gradient accumulation the micro-batches follow each other.
+    Needs ``options={"gns.per_example": True}``. With gradient accumulation the micro-batches follow each other. With
+    ``gns.budget``, unbiased estimates for the parameters that coverage calls estimated.
 
     Raises:
         NotMeasuredError: there is nothing to read, or the model was compiled without ``per_example``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,8 +25,12 @@ class Options:
         weights of layers that see one position per example. For ``gnsfx.collector.elementwise_sq_sums``.
     strict: raise :class:`gnsfx.errors.RefusedError` while compiling if a selected parameter cannot be measured exactly.
     inner: ``"inductor"``, or ``"eager"``, which runs the rewritten graph without code generation.
-    path: force one path (``"materialise"``, ``"chunked"``, ``"ghost"``) wherever it applies, for tests and benchmarks.
-    memory: cap, in bytes, on the extra memory of one measurement; above it the planner takes a path that needs less.
+    path: force one path (``"materialise"``, ``"fused"``, ``"ghost"``) wherever it applies, for tests and benchmarks.
+    memory: cap, in bytes, on what the measurement of a parameter allocates at any one time beside its gradient. None: 3% of
+        what the step holds (parameters, gradients, saved activations), but at least 4 MiB. The planner takes the quickest
+        path under it; coverage gives as reason where no path does with so little.
+    budget: share of the step's time that measuring may take, such as 0.01: what is cheap stays exact, the rest is estimated
+        without bias, and coverage says so. None: everything is exact.
     """
 
     params: Selection = "all"
@@ -33,8 +38,9 @@ class Options:
     elementwise: bool = False
     strict: bool = False
     inner: Literal["inductor", "eager"] = "inductor"
-    path: Literal["auto", "materialise", "chunked", "ghost"] = "auto"
-    memory: int = 256 << 20
+    path: Literal["auto", "materialise", "fused", "ghost"] = "auto"
+    memory: int | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.params not in ("all", "norm") and not callable(self.params):
@@ -44,10 +50,14 @@ class Options:
                 _reject(name, getattr(self, name), "True or False")
         if self.inner not in ("inductor", "eager"):
             _reject("inner", self.inner, '"inductor" or "eager"')
-        if self.path not in ("auto", "materialise", "chunked", "ghost"):
-            _reject("path", self.path, '"auto", "materialise", "chunked" or "ghost"')
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
-            _reject("memory", self.memory, "a number of bytes")
+        if self.path not in ("auto", "materialise", "fused", "ghost"):
+            _reject("path", self.path, '"auto", "materialise", "fused" or "ghost"')
+        whole = isinstance(self.memory, int) and not isinstance(self.memory, bool) and self.memory >= 0
+        if self.memory is not None and not whole:
+            _reject("memory", self.memory, "a number of bytes, or None")
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (number and 0 < self.budget < math.inf):
+            _reject("budget", self.budget, "a share of the step's time, such as 0.01, or None")
 
 
 def _reject(name: str, value: Any, expected: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gnsfx import collector, leaves, unmeasured
+from gnsfx import collector, diagnosis, leaves, unmeasured
 from gnsfx.capture import EMPTY
 from gnsfx.passes.record import Record
 
@@ -91,12 +91,12 @@ def coverage(model: nn.Module) -> Coverage:
     """One row per parameter of ``model``: what is measured, on which path, and why the others are not.
 
     ``model`` is the compiled module, the module inside it, or one compiled in place; the names are those that its own
-    ``named_parameters()`` gives. Call it after a forward pass: compiling happens there. After a compile-cache hit the
-    graphs are traced again, which takes as long as tracing took.
+    ``named_parameters()`` gives. Call it after a forward pass: compiling happens there. What the passes did is kept
+    with the compiled graph, also where that comes from the compile caches.
     """
     seen = any(leaves.collectors_of(p) for p in model.parameters())
-    everything = None if seen else collector.diagnose(model)
-    hint, in_run = collector.skipped(model), collector.refused_in_run(model)
+    everything = None if seen else diagnosis.diagnose(model)
+    hint, in_run = diagnosis.skipped(model), diagnosis.refused_in_run(model)
     return Coverage(_row(name, parameter, everything, hint, in_run) for name, parameter in model.named_parameters())
 
 
@@ -129,7 +129,7 @@ def _of_graph(owner: leaves.Collector, slot: int, in_run: Mapping[int, str]) -> 
     reason = owner.refused.get(slot) or in_run.get(slot)
     if reason is None and owner.graph.empty:
         return "unused", "", "", EMPTY
-    if reason is None and record.status == "measured" and (coupled := owner.coupled()) is not None:
+    if reason is None and record.status in ("measured", "estimated") and (coupled := owner.coupled()) is not None:
         reason = f"{collector.DOWNSTREAM}: {coupled}"
     if reason is not None:
         return "refused", record.operation, "", reason

@@ -169,12 +169,14 @@ def only_averaged(found: Totals, model: nn.Module) -> Totals:
     if all(averaged):
         return found
     refusals = [r if ok or r is not None else NOT_AVERAGED for r, ok in zip(found.refusals, averaged, strict=True)]
-    values = found.values
+    values, variances = found.values, found.variances
     if values is not None:
         kept = [r is None for r, old in zip(refusals, found.refusals, strict=True) if old is None]
         columns = tuple(i for i, keep in enumerate(kept) if keep)
+        if variances is not None:
+            variances = variances.index_select(0, index(columns, values.device))
         values = values.index_select(1, index(columns, values.device)) if columns else None
-    return replace(found, refusals=refusals, values=values)
+    return replace(found, refusals=refusals, values=values, variances=variances)
 
 
 def with_untouched(found: Totals) -> Totals:

@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 
 from gnsfx import _torch
 from gnsfx.config import Options, debug_level
+from gnsfx.kernels.machine import in_force
+from gnsfx.passes.kept_report import pack
 from gnsfx.passes.pipeline import Plan, Report, rewrite
 from gnsfx.passes.rules import RULES
 from gnsfx.passes.state import describe
@@ -24,15 +26,21 @@ class RewritePass(_torch.CustomGraphPass):
 
     def __init__(self, plan: Plan, keep: Callable[[Report], None], keep_text: bool = False, before: Any = None) -> None:
         self.plan, self.keep, self.keep_text, self.before = plan, keep, keep_text, before
+        self._kept: bytes | None = None
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self.before is not None:
             self.before(graph)
         keep_text = self.keep_text or debug_level() >= 3
         report = rewrite(graph, self.plan, keep_text)
+        self._kept = pack(report)
         self.keep(report)
         if debug_level() >= 1:
             _print_debug(report)
+
+    def kept(self) -> bytes | None:
+        """The report, for who finds the compiled graph in a cache; None before the pass has run."""
+        return self._kept
 
     def uuid(self) -> Any:
         before = self.before.uuid() if self.before is not None else ()
@@ -50,8 +58,12 @@ class RewritePass(_torch.CustomGraphPass):
             plan.refusal,
             plan.parameters,
             plan.memory,
+            in_force(),
             plan.forced,
             plan.elementwise,
+            plan.budget,
+            plan.seed,
+            plan.per_example,
             tuple(extra),
             before,
         )
@@ -92,7 +104,12 @@ def inner_compile(
         return inner
     before = patches.pop("joint_custom_pre_pass", None) or _torch.inductor_config.joint_custom_pre_pass
     rewriting.before = before
-    measured: Any = _torch.compile_fx(gm, list(inputs), config_patches={**patches, "joint_custom_pre_pass": rewriting})
+    measured: Any = _torch.compile_fx(
+        gm,
+        list(inputs),
+        inner_compile=_torch.compiler_that_keeps(rewriting.kept),
+        config_patches={**patches, "joint_custom_pre_pass": rewriting},
+    )
     return measured
 
 

@@ -3,22 +3,26 @@
 One compiled graph serves every module that shares its code, so the leaf is looked up at each call by the parameters
 that came in. ``leaf.grad`` is (2, n + 1): sums over examples of |c_b|^2 and the number of examples, per parameter, and a
 column that says whether gradients handed to earlier graphs are apart by example; autograd accumulates it like any
-gradient. A second leaf, where it is asked for, takes the sums of squares of single numbers, all parameters in one row.
+gradient. With a budget a third row has the variances of sums that are estimates. A second leaf, where it is asked for,
+takes the sums of squares of single numbers, all parameters in one row.
 What belongs to one step is decided when a backward begins: a parameter whose ``.grad`` is None or zero starts anew.
 """
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gnsfx._torch import current_backward, never_trace
-from gnsfx._torch_distributed import after_backward, is_dtensor
-from gnsfx.tracked import MEASURED, UNSELECTED, Tracked, tracked_of
+from gnsfx._torch_distributed import after_backward
+from gnsfx.same_batches import compare_batches
+from gnsfx.tracked import MEASURED, UNSELECTED, Tracked, created, tracked_of
+from gnsfx.zeroed import begin_unselected, clear_zeroed, expect_untouched, first_gradient
 
 if TYPE_CHECKING:
     from gnsfx.calls import Call
@@ -29,16 +33,8 @@ TWICE_IN_ONE_BACKWARD = (
     "compile the module that contains both uses; where DistributedDataParallel cuts the graph, "
     "torch._dynamo.config.optimize_ddp = False keeps it whole"
 )
-DIFFERENT_BATCHES = (
-    "the compiled graphs of one backward saw different numbers of examples ({found}), so dimension 0 is not the batch in one of "
-    "them; mark its inputs with gnsfx.mark_batch, or compile the code between the graphs too"
-)
 TWICE_THROUGH_ONE_FORWARD = (
     "backward ran twice through one forward pass, so their cross term is lost; add the losses and call backward once"
-)
-ZEROED_IN_PARTS = (
-    "its sharded gradient was written to between two backward passes, and whether it was zeroed cannot be told from one shard; use "
-    "zero_grad(set_to_none=True), or call noise.step() once per step"
 )
 
 
@@ -53,11 +49,12 @@ class Collector:
         device: torch.device,
         spans: Mapping[int, slice],
         unselected: Sequence[nn.Parameter] = (),
+        rows: int = 2,
     ) -> None:
         self.graph, self.spans = graph, spans
         self.parameters = [weakref.ref(p) for p in parameters]
         self.unselected = [weakref.ref(p) for p in unselected]
-        self.leaf = torch.zeros(2, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
+        self.leaf = torch.zeros(rows, len(parameters) + 1, dtype=dtype, device=device, requires_grad=True)
         self.entries = entries_row(spans, dtype, device)
         self.later: weakref.WeakSet[Collector] = weakref.WeakSet()  # whose graphs took a result of this one
         self.per_example: list[Tensor] = []
@@ -79,16 +76,25 @@ class Collector:
         self.leaf.register_post_accumulate_grad_hook(lambda _: (me := weak()) and me.end())
         self.wrapper: weakref.ref[nn.Module] | None = None  # the DistributedDataParallel that ran the graph
         self._positions: list[int | None] | None = None
-        self._beside: list[tuple[weakref.ref[nn.Parameter], int | None]] = []
-        self.tracked = []
+        self._beside: list[int | None] = []  # the same of the unselected
+        self.sharing: dict[Collector, list[tuple[int, int]]] = {}  # of the same parameters: (slot here, slot there)
+        self.tracked: list[Tracked] = []
         for slot, parameter in enumerate(parameters):
             tracked = tracked_of(parameter) or Tracked(parameter)
+            for other, at in tracked.collectors:
+                if other is not self:
+                    self.sharing.setdefault(other, []).append((slot, at))
+                    other.sharing.setdefault(self, []).append((at, slot))
             tracked.collectors.append((self, slot))
             self.tracked.append(tracked)
+        self._sharded = any(tracked.fsdp is not None for tracked in self.tracked)
+        self._elsewhere: tuple[int, list[tuple[int, Tracked]]] = -1, []
+        self._references = [*self.parameters, *self.unselected]
 
     def belongs_to(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether these are the parameters, the unselected behind the selected; an id may have passed to another one."""
-        return all(r() is p for r, p in zip([*self.parameters, *self.unselected], parameters, strict=True))
+        known = [r() for r in self._references]
+        return len(known) == len(parameters) and all(map(operator.is_, known, parameters))
 
     def coupled(self, seen: set[Collector] | None = None) -> str | None:
         """Why a later graph hands back gradients that are not apart by example; None if all do."""
@@ -102,7 +108,7 @@ class Collector:
                 return reason
         return None
 
-    def _live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
+    def live(self) -> list[tuple[int, nn.Parameter, list[tuple[Collector, int]]]]:
         """(slot, parameter, other collectors of the parameter)."""
         live = [(s, p) for s, r in enumerate(self.parameters) if (p := r()) is not None]
         return [(s, p, [e for e in self.tracked[s].collectors if e[0] is not self]) for s, p in live]
@@ -119,10 +125,11 @@ class Collector:
         self._calls.append(call)
         if len(self._calls) > 1:
             return
-        fresh: list[int] = []
-        suspects: list[int] = []
+        if self._all_fresh(task):
+            return self._begin_anew()
+        fresh, suspects = [], []
         stale: dict[Collector, list[int]] = {}
-        for slot, parameter, others in self._live():
+        for slot, parameter, others in self.live():
             if any(c.accumulated == task for c, _ in others):
                 continue  # refused below; its gradient of this backward may be there already
             tracked = self.tracked[slot]
@@ -132,71 +139,50 @@ class Collector:
                 for collector, at in others:
                     stale.setdefault(collector, []).append(at)
             elif tracked.fsdp is not None:
-                self._expect_untouched(slot, [(self, slot), *others])
+                expect_untouched(tracked, [(self, slot), *others])
             elif not self._untouched(slot, parameter.grad, grew) or tracked.parts & ~MEASURED:  # type: ignore[arg-type]
                 suspects.append(slot)
-        self._begin_unselected(stale)
+        begin_unselected(self.tracked_unselected(), stale)
         self.clear(fresh)
         for collector, slots in stale.items():
             collector.clear(slots)
         if suspects:
-            self._clear_zeroed(suspects)
-        self._found = self._first_gradient() if self.taken else None
-        if any(tracked.fsdp is not None for tracked in self.tracked):
+            clear_zeroed(self, suspects)
+        self._found = first_gradient(self) if self.taken else None
+        if self._sharded:
             after_backward(self.settle)
 
-    def _first_gradient(self) -> Tensor | None:
-        """The largest number in the first gradient that is there and not from another graph in this step: one tells whether
-        all were zeroed."""
-        for slot, parameter, others in self._live():
-            grad = parameter.grad
-            if grad is None or grad.layout is not torch.strided or not all(c.taken for c, _ in others):
-                continue
-            if self.tracked[slot].parts != MEASURED:  # another pass of this step, that did not measure it
-                continue
-            return None if is_dtensor(grad) else torch.linalg.vector_norm(grad.detach(), float("inf"))
-        return None
+    def _all_fresh(self, task: int) -> bool:
+        """Whether no parameter has a gradient yet: the usual begin of a step, told apart because it costs next to nothing."""
+        if self._sharded or any(other.accumulated == task for other in self.sharing):
+            return False
+        for reference in self.parameters:
+            parameter = reference()
+            if parameter is None or parameter.grad is not None:
+                return False
+        return True
+
+    def _begin_anew(self) -> None:
+        """Everything that was measured of the parameters is over, here and in other collectors of theirs."""
+        self._seen.clear()
+        stale = {other: [at for _, at in slots] for other, slots in self.sharing.items()}
+        begin_unselected(self.tracked_unselected(), stale)
+        self.clear(range(len(self.parameters)))
+        for collector, slots in stale.items():
+            collector.clear(slots)
+        self._found = None
 
     def settle(self) -> None:
         """Under FSDP gradients are reduced behind autograd's back, until the backward ends."""
         for tracked in self.tracked:
             tracked.settled = tracked.stamp() if tracked.fsdp is not None else None
 
-    def _expect_untouched(self, slot: int, holders: Sequence[tuple[Collector, int]]) -> None:
-        """A part of a gradient may be zero where the rest is not, so zeroing in place cannot be seen here: what is held of
-        before may or may not belong to the gradient still."""
-        tracked = self.tracked[slot]
-        if tracked.settled != tracked.stamp():
-            for collector, at in holders:
-                if collector.leaf.grad is not None:
-                    collector.refused[at] = ZEROED_IN_PARTS
-
-    def _begin_unselected(self, stale: dict[Collector, list[int]]) -> None:
-        """What other graphs measured of parameters that this one was told not to measure ends with their gradients."""
-        doubtful: list[Tracked] = []
-        for tracked in self._tracked_unselected():
-            grads = tracked.gradients()
-            if grads and tracked.parts & MEASURED and tracked.fsdp is None:
-                doubtful.append(tracked)
-            elif not grads:
-                for collector, at in tracked.collectors:
-                    if collector.leaf.grad is not None:
-                        stale.setdefault(collector, []).append(at)
-        if (
-            doubtful
-        ):  # only where a step was measured otherwise than the last, and zeroed without set_to_none, or not at all
-            grads = [grad for tracked in doubtful for grad in tracked.gradients()]
-            norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-            for tracked, norm in zip(doubtful, torch.stack([n.double() for n in norms]).tolist(), strict=True):
-                if not norm:
-                    tracked.reset()
-                    for collector, at in tracked.collectors:
-                        stale.setdefault(collector, []).append(at)
-
-    def _tracked_unselected(self) -> Iterator[Tracked]:
-        for reference in self.unselected:
-            if (parameter := reference()) is not None and (tracked := tracked_of(parameter)) is not None:
-                yield tracked
+    def tracked_unselected(self) -> list[tuple[int, Tracked]]:
+        """Those of the unselected that other graphs measure, by their number."""
+        if self._elsewhere[0] != created():
+            alive = [(i, p) for i, r in enumerate(self.unselected) if (p := r()) is not None]
+            self._elsewhere = created(), [(i, t) for i, p in alive if (t := tracked_of(p)) is not None]
+        return self._elsewhere[1]
 
     def locate(self, node: Any) -> None:
         """Find each parameter among the inputs of the compiled backward; the same at every call."""
@@ -207,7 +193,7 @@ class Collector:
                 if (v := getattr(edge, "variable", None)) is not None
             }
             self._positions = [at.get(id(r())) for r in self.parameters]
-            self._beside = [(r, at.get(id(r()))) for r in self.unselected]
+            self._beside = [at.get(id(r())) for r in self.unselected]
 
     def passed(self, grads: Sequence[Tensor | None]) -> None:
         """The compiled backward is done: note what each parameter should receive, if nothing else is added to it."""
@@ -217,9 +203,9 @@ class Collector:
             tracked.expect(grads[position] if position is not None else None, task)
         if self.graph.empty:
             self._unowned = [grads[i] if i is not None else None for i in self._positions]
-        for reference, position in self._beside:
-            if (parameter := reference()) is not None and (tracked := tracked_of(parameter)) is not None:
-                tracked.expect(grads[position] if position is not None else None, task, UNSELECTED)
+        for i, tracked in self.tracked_unselected():
+            position = self._beside[i]
+            tracked.expect(grads[position] if position is not None else None, task, UNSELECTED)
 
     def end(self) -> None:
         """The norms of a backward have arrived: refuse what lost a cross term. ``torch.autograd.grad`` never comes here."""
@@ -233,11 +219,14 @@ class Collector:
             call.used, call.epoch = True, self.epoch
             if call.per_example is not None and not any(x is call.per_example for x in self.per_example):
                 self.per_example.append(call.per_example)
-        _compare_batches(self, [call.examples for call in self._calls if call.examples is not None])
+        compare_batches(self, [call.examples for call in self._calls if call.examples is not None])
         packed = self.graph.capture.plan.documents is not None  # then only the device knows how many there are
         self._backwards.append((self.begun, None if packed else self._calls[0].examples))
         self.moved = next((call.moved for call in self._calls if call.moved), self.moved)
-        for slot, _, others in self._live():
+        twice = any(other.accumulated == self.accumulated for other in self.sharing)
+        if not (self.moved or twice or again or len(self._calls) > 1):
+            return
+        for slot, _, others in self.live():
             if self.moved:
                 self.refused[slot] = self.moved
             shared = [(c, at) for c, at in others if c.accumulated == self.accumulated]
@@ -298,48 +287,6 @@ class Collector:
         """The sums of squares of every number of a parameter, in one row; None where they are not kept or nothing arrived."""
         total = None if self.entries is None else self.entries.grad
         return total[self.spans[slot]] if total is not None and slot in self.spans else None
-
-    def _clear_zeroed(self, slots: list[int]) -> None:
-        """``zero_grad(set_to_none=False)``: gradients that are all zero start anew. One pass over them, no host sync."""
-        live = [(s, p) for s in slots if (p := self.parameters[s]()) is not None and p.grad is not None]
-        grads: list[Any] = [p.grad for _, p in live]
-        norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-        zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
-        holders = {c for s, _ in live for c, _ in self.tracked[s].collectors}
-        if any(c.refused or c.per_example or c._backwards for c in holders) or any(
-            self.tracked[s].parts & ~MEASURED for s, _ in live
-        ):  # host state must follow: these cost a synchronisation
-            gone: dict[Collector, list[int]] = {}
-            for (slot, _), zero in zip(live, zeroed.tolist(), strict=True):
-                if zero:
-                    self.tracked[slot].reset()
-                    for collector, at in self.tracked[slot].collectors:
-                        gone.setdefault(collector, []).append(at)
-            for collector, slots in gone.items():
-                collector.clear(slots)
-        for position, (slot, _) in enumerate(live):
-            for collector, at in self.tracked[slot].collectors:
-                total = collector.leaf.grad
-                if total is not None:
-                    total[:, at] = torch.where(zeroed[position], torch.zeros_like(total[:, at]), total[:, at])
-                if (entries := collector.entries_of(at)) is not None:
-                    entries.masked_fill_(zeroed[position], 0)
-
-
-_batches: dict[str, Any] = {"backward": -1, "sizes": set(), "collectors": set()}
-
-
-def _compare_batches(collector: Collector, sizes: Sequence[int]) -> None:
-    """Refuse every graph of the running backward once two of them saw different numbers of examples."""
-    if _batches["backward"] != collector.begun:
-        _batches.update(backward=collector.begun, sizes=set(), collectors=weakref.WeakSet())
-    _batches["sizes"].update(sizes)
-    _batches["collectors"].add(collector)
-    if len(_batches["sizes"]) < 2:
-        return
-    found = " and ".join(map(str, sorted(_batches["sizes"])[:2]))
-    for other in _batches["collectors"]:
-        other.refused.update(dict.fromkeys(range(len(other.parameters)), DIFFERENT_BATCHES.format(found=found)))
 
 
 def entries_row(spans: Mapping[int, slice], dtype: torch.dtype, device: torch.device) -> Tensor | None:

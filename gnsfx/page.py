@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING
 from gnsfx.coverage import format_shape
 
 if TYPE_CHECKING:
-    from gnsfx.explain import Explanation
+    from gnsfx.explanation import Explanation
 
-HEADER = ("parameter", "shape", "rank", "operation", "path", "FLOPs", "bytes", "memory", "time", "why")
-NUMBERS = (2, 5, 6, 7, 8)
+HEADER = (
+    "parameter",
+    "shape",
+    "rank",
+    "operation",
+    "path",
+    "FLOPs",
+    "bytes",
+    "memory",
+    "time",
+    "of plain",
+    "bound by",
+    "why",
+)
+NUMBERS = (2, 5, 6, 7, 8, 9)
 LEGEND = (
     "* the path taken. Each path includes the gradient itself; `plain` is that gradient without norms. memory: what a path allocates beyond it. "
-    "time: modelled, not measured; as a multiple of plain where that is known."
+    "time: modelled, not measured, and what most of it goes into: flops, bytes moved, calls of operations, or memory mapped anew."
 )
 
 _STYLE = """
@@ -62,7 +75,7 @@ def _html_table(explanation: Explanation) -> str:
                 )
                 rows.append(_html_row(cells, "td", kind))
     for row in explanation.others:
-        cells = (row.name, format_shape(row.shape), str(len(row.shape)), "", row.status, "", "", "", "", row.reason)
+        cells = (row.name, format_shape(row.shape), str(len(row.shape)), "", row.status, *[""] * 6, row.reason)
         rows.append(_html_row(cells, "td"))
     return f"<table>{''.join(rows)}</table>"
 
@@ -75,7 +88,7 @@ class _Whole(dict[str, str]):
 
 
 def _html_row(cells: Sequence[str], tag: str, kind: str = "") -> str:
-    classes = dict.fromkeys(NUMBERS, "number") | {4: "path", 9: "wrap"}
+    classes = dict.fromkeys(NUMBERS, "number") | {4: "path", 11: "wrap"}
     inner = "".join(f"<{tag} class='{classes.get(i, '')}'>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells))
     return f"<tr class='{kind}'>{inner}</tr>"
 

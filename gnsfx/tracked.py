@@ -18,6 +18,7 @@ _tracked: dict[int, Tracked] = {}
 MEASURED, UNSELECTED, FOREIGN = 1, 2, 4
 
 
+_created = [0]
 _standing_in: list[weakref.ref[Tracked]] = []
 _of_shard: dict[int, weakref.ref[Tracked]] = {}
 
@@ -39,8 +40,24 @@ def _of_shards(parameter: nn.Parameter) -> Tracked | None:
     return None
 
 
+def created() -> int:
+    """How many parameters have been tracked so far; while it stays the same, so does the answer of ``tracked_of``, except
+    under FSDP."""
+    return _created[0]
+
+
+def standing_in() -> bool:
+    """Whether graphs may have seen other parameters in place of those of the model, as under FSDP."""
+    return bool(_standing_in)
+
+
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided and not is_dtensor(tensor) else id(tensor)
+    if type(tensor) is Tensor:
+        try:
+            return tensor.data_ptr()  # asking for the layout first takes longer
+        except RuntimeError:  # sparse
+            return id(tensor)
+    return tensor.data_ptr() if not is_dtensor(tensor) and tensor.layout is torch.strided else id(tensor)
 
 
 class Tracked:
@@ -66,6 +83,7 @@ class Tracked:
         key, forget = id(parameter), _tracked.pop  # the module's globals are gone when the interpreter ends
         self.parameter = weakref.ref(parameter, lambda _: forget(key, None))
         _tracked[key] = self
+        _created[0] += 1
         self.fsdp: FsdpParameter | None = fsdp_parameter(parameter)
         self.settled: Any = None  # under FSDP the state of the gradient at the end of the last backward
         if self.fsdp is not None:
@@ -81,17 +99,25 @@ class Tracked:
     def expect(self, grad: Tensor | None, task: int, part: int = MEASURED) -> None:
         """Note what should arrive, behind all hooks of the user, which may put another gradient in its place."""
         self.expected, self._part = None if grad is None else (task, _address(grad), grad._version), part
-        hooks: Any = getattr(self.parameter(), "_backward_hooks", None)
-        if hooks is not None and len(hooks) > 1 and next(reversed(hooks)) != self._hook and self._hook in hooks:
+        parameter = self.parameter()
+        if parameter is None or not (hooks := parameter._backward_hooks) or len(hooks) == 1:
+            return
+        if next(reversed(hooks)) != self._hook and self._hook in hooks:
             hooks[self._hook] = hooks.pop(self._hook)  # autograd does not see move_to_end
 
     def _arriving(self, grad: Tensor | None) -> None:
         """A gradient is about to be added to ``.grad``. Autograd sums all paths first: a single one keeps address and version."""
-        self._resolve()
-        ours = grad is None or self.expected == (current_backward(), _address(grad), grad._version)
-        before = self.stamp()
+        if self._arrived is not None:
+            self._resolve()
+        parameter = None if self.fsdp is not None else self.parameter()
+        before = None if parameter is not None and parameter.grad is None else self.stamp()
+        if grad is None:
+            ours, self._landed = True, None
+        else:
+            address, version = _address(grad), grad._version
+            ours = self.expected == (current_backward(), address, version)
+            self._landed = address, version, before
         self._arrived, self.expected = (self._part if ours else FOREIGN, before), None
-        self._landed = None if grad is None else (_address(grad), grad._version, before)
 
     def writes(self) -> int:
         """How often ``.grad`` was written to in place since autograd added to it last; 0 where that cannot be told."""
@@ -115,22 +141,36 @@ class Tracked:
         parameter = self.parameter()
         return [] if parameter is None or parameter.grad is None else [parameter.grad]
 
+    def has_gradient(self) -> bool:
+        """Whether ``gradients()`` has any, in less time."""
+        if self.fsdp is not None:
+            return bool(self.fsdp.gradients())
+        parameter = self.parameter()
+        return parameter is not None and parameter.grad is not None
+
     def stamp(self) -> Any:
         """Differs once anything was written to the gradient; None where there is none."""
-        return tuple((_address(grad), grad._version) for grad in self.gradients()) or None
+        if self.fsdp is not None:
+            return tuple((_address(grad), grad._version) for grad in self.gradients()) or None
+        parameter = self.parameter()  # by itself: this runs for every parameter in every backward
+        grad = None if parameter is None else parameter.grad
+        return None if grad is None else ((_address(grad), grad._version),)
 
     def _resolve(self) -> None:
         """``torch.autograd.grad`` runs the hook too, but adds nothing to ``.grad``: only what was added counts."""
         if self._arrived is None:
             return
         (part, before), self._arrived = self._arrived, None
-        if self.stamp() != before:
-            self._parts = part if before is None else self._parts | part
+        if before is not None:
+            self._parts |= part if self.stamp() != before else 0
+        elif self.has_gradient():
+            self._parts = part
 
     @property
     def parts(self) -> int:
         """What ``.grad`` is made of since it was last None or found to be zero: MEASURED | UNSELECTED | FOREIGN."""
-        self._resolve()
+        if self._arrived is not None:
+            self._resolve()
         return self._parts
 
     @property

@@ -24,9 +24,10 @@ from gnsfx import _torch, backend, collector, marks
 from gnsfx.config import Options
 from gnsfx.coverage import Row, coverage
 from gnsfx.errors import GnsError, GnsWarning
-from gnsfx.explain import options_of, unchanged
+from gnsfx.explain import options_of
 from gnsfx.passes.state import Batched
 from gnsfx.replay import PASS_LOSS, Tape, Taped
+from gnsfx.unchanged import unchanged
 
 Grads = list[Tensor | None]
 """One entry per trainable parameter; None where no gradient reaches it."""

@@ -104,7 +104,8 @@ def verify(
 
     Works on a private copy of the model, compiled as a whole with the options of ``model`` and without code generation,
     in float64 where the model runs in it and in its own dtype otherwise (a model in half precision in both): what is
-    verified is the rewritten graph, not the code the inner compiler makes of it. The model, its gradients, buffers and
+    verified is the rewritten graph, not the code the inner compiler makes of it. ``gns.budget`` is left out: what is compared is
+    what would be measured without it, from the same factors that estimates are made of. The model, its gradients, buffers and
     collectors and the random numbers stay as they are. It takes B + 2 passes and memory for B gradients.
 
     The tolerance: |s_b - t_b| <= rtol t_b + 2 sqrt(t_b) d + d^2 + f. ``rtol`` is ``2 eps sqrt(2^20)``, the random walk of

@@ -32,10 +32,13 @@ class Diagonal(NamedTuple):
     Where v is 0 there never was a gradient, and 1/eps would say that the curvature is known, and tiny.
     """
 
-    moment: Callable[[], Tensor] | None  # computed when it is needed: it may be a copy
+    moment: Callable[[Mapping[str, Any]], Tensor] | None  # of ``state``; computed when it is needed: it may be a copy
     stretch: Scalar = 1.0
     eps: Scalar = 0.0
     gain: Scalar = 1.0
+    state: Mapping[
+        str, Any
+    ] = {}  # of the optimizer. Not bound to ``moment``: a closure each wakes the garbage collector
 
 
 def read_diagonals(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Diagonal | None]:
@@ -64,21 +67,25 @@ def read_diagonals(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[D
             f"none of the measured parameters is in the {type(optimizer).__name__} that was given. Give the optimizer of this "
             "model, made from its parameters as they are now."
         )
+    states = [optimizer.state.get(p, {}) for p in parameters]
     found: list[Diagonal | None] = []
-    for parameter in parameters:
+    for parameter, state, step in zip(parameters, states, _steps(states), strict=True):
         group = group_of.get(id(parameter))
-        state = optimizer.state.get(parameter, {})
-        diagonal = None if group is None or not _updated(reader, state) else reader(state, group)
-        if diagonal is not None and group is not None:
-            diagonal = diagonal._replace(gain=diagonal.gain * rates[id(group)])
-        found.append(diagonal)
+        # On a device a step may be 0 too, if the first was skipped: then all moments are 0, and P with them.
+        if group is None or not (reader is _sgd or isinstance(step, Tensor) or step):
+            found.append(None)
+            continue
+        moment, stretch, eps, gain, _ = reader(state, group, step)
+        found.append(Diagonal(moment, stretch, eps, gain * rates[id(group)], state))
     return found
 
 
-def _updated(reader: Reader, state: Mapping[str, Any]) -> bool:
-    """On a device a step may be 0 too, if the first was skipped: then all moments are 0, and P with them."""
-    step = _number(state.get("step", 0.0))
-    return reader is _sgd or isinstance(step, Tensor) or step != 0
+def _steps(states: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """How many updates each parameter had: numbers, those of tensors on the CPU read together, and tensors elsewhere."""
+    steps = [state.get("step", 0.0) for state in states]
+    known = [step for step in steps if isinstance(step, Tensor) and step.is_cpu]
+    numbers = iter(torch.stack(known).flatten().tolist() if known else ())
+    return [next(numbers) if isinstance(s, Tensor) and s.is_cpu else s for s in steps]
 
 
 def _number(value: Any) -> Any:
@@ -98,62 +105,67 @@ def _relative_rates(rates: Sequence[Any]) -> list[Any]:
     return [*torch.where(stacked.amax() > 0, stacked / stacked.amax(), 1).unbind()]
 
 
-def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
-    moment = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    correction = 1 - _number(group["betas"][1]) ** _number(state["step"])
+def _exp_avg_sq(state: Mapping[str, Any]) -> Tensor:
+    return real(state["exp_avg_sq"])
+
+
+def _max_exp_avg_sq(state: Mapping[str, Any]) -> Tensor:
+    return real(state["max_exp_avg_sq"])
+
+
+def _adam(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
+    moment = _max_exp_avg_sq if group.get("amsgrad") else _exp_avg_sq
+    correction = 1 - _number(group["betas"][1]) ** step
     if isinstance(correction, Tensor):
         correction = correction.clamp_min(_TINY)
-    return Diagonal(lambda: real(moment), correction**-0.5, group["eps"])
+    return Diagonal(moment, correction**-0.5, group["eps"])
 
 
-def _radam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
-    beta, step = _number(group["betas"][1]), _number(state["step"])
+def _radam(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
+    beta = _number(group["betas"][1])
     correction, longest = 1 - beta**step, 2 / (1 - beta) - 1
     if isinstance(correction, Tensor):
         correction = correction.clamp_min(_TINY)
     length = longest - 2 * step * beta**step / correction
     eps = group["eps"]
 
-    def moment() -> Tensor:
-        return real(state["exp_avg_sq"])
-
-    plain = Diagonal(moment, 0.0, 1.0)  # 1 wherever there was a gradient
+    plain = Diagonal(_exp_avg_sq, 0.0, 1.0)  # 1 wherever there was a gradient
     if not isinstance(length, Tensor):
         if length <= 5:
             return plain
-        return Diagonal(moment, 1.0, eps, (correction * _rectified(length, longest)) ** 0.5)
+        return Diagonal(_exp_avg_sq, 1.0, eps, (correction * _rectified(length, longest)) ** 0.5)
     on = length > 5
     gain = torch.where(on, correction * _rectified(length, longest), 1).sqrt()
-    return Diagonal(moment, on.to(gain), torch.where(on, eps, 1.0).to(gain), gain)
+    return Diagonal(_exp_avg_sq, on.to(gain), torch.where(on, eps, 1.0).to(gain), gain)
 
 
 def _rectified(length: Any, longest: Any) -> Any:
     return (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
 
 
-def _adamax(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
+def _adamax(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
     eps = group["eps"]  # already in u
-    return Diagonal(lambda: (real(state["exp_inf"]) - eps).clamp_min(0).square(), 1.0, eps)
+    return Diagonal(lambda state: (real(state["exp_inf"]) - eps).clamp_min(0).square(), 1.0, eps)
 
 
-def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
-    def moment() -> Tensor:
+def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
+    def moment(state: Mapping[str, Any]) -> Tensor:
         squares = real(state["square_avg"])
         return (squares - real(state["grad_avg"]).square()).clamp_min(0) if group["centered"] else squares
 
     return Diagonal(moment, 1.0, group["eps"])
 
 
-def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
-    slower = 1 + (_number(state["step"]) - 1) * group["lr_decay"]
-    return Diagonal(lambda: real(state["sum"]), 1.0, group["eps"], 1 / slower)
+def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
+    slower = 1 + (step - 1) * group["lr_decay"]
+    return Diagonal(lambda state: real(state["sum"]), 1.0, group["eps"], 1 / slower)
 
 
-def _sgd(state: Mapping[str, Any], group: Mapping[str, Any]) -> Diagonal:
+def _sgd(state: Mapping[str, Any], group: Mapping[str, Any], step: Any) -> Diagonal:
     return Diagonal(None)
 
 
-Reader = Callable[[Mapping[str, Any], Mapping[str, Any]], Diagonal]
+Reader = Callable[[Mapping[str, Any], Mapping[str, Any], Any], Diagonal]
 READERS: dict[type[Optimizer], Reader] = {
     Adam: _adam,
     AdamW: _adam,
@@ -168,6 +180,7 @@ READERS: dict[type[Optimizer], Reader] = {
 
 def real(tensor: Tensor) -> Tensor:
     """In float32 at least, complex numbers as pairs, sparse rows in their places."""
-    tensor = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

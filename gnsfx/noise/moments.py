@@ -46,6 +46,21 @@ def one(values: Tensor, freedom: Tensor) -> Tensor:
     return torch.cat([torch.where(used, values, 0), values.new_zeros(d * d, *columns), sums])
 
 
+def several(values: Tensor, freedom: Tensor, weight: Tensor) -> Tensor:
+    """The row of K steps: values [K, d, C] of C columns, freedom [K, C], weight [K, C]: c above. Of one step it is that of
+    :func:`one`, to the last bit, and of many it is what joining them one by one gives, but for rounding."""
+    used = freedom > 0
+    mass = torch.where(used, freedom, 0) * weight
+    whole = mass.sum(0)
+    share = mass / torch.where(whole > 0, whole, 1)
+    values = torch.where(used[:, None], values, 0)
+    mean = (share[:, None] * values).sum(0)
+    apart = values - mean
+    scatter = ((mass[:, None] * apart)[:, :, None] * apart[:, None]).sum(0)
+    sums = torch.stack([whole, torch.where(used, weight, 0).sum(0), (mass * weight).sum(0)])
+    return torch.cat([mean, scatter.flatten(0, 1), sums])
+
+
 def join(older: Tensor, newer: Tensor, decay: Tensor | float = 1.0) -> Tensor:
     """The row of the steps of both; those of ``older`` count less by the factor ``decay``. Launches device work only.
 

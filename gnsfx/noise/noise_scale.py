@@ -19,19 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gnsfx import collector, distributed
+from gnsfx import collector, diagnosis, distributed
 from gnsfx._torch import scale_of
 from gnsfx.errors import NotMeasuredError, OptionError
 from gnsfx.noise import saved
 from gnsfx.noise.diagnostics import list_reasons
 from gnsfx.noise.full_steps import FullSteps
-from gnsfx.noise.gather import CALL, Weights, device_of, gather, is_idle
+from gnsfx.noise.gather import CALL, Sums, Weights, device_of, gather, is_idle, total
 from gnsfx.noise.groups import KINDS, Grouping, group_function
-from gnsfx.noise.measurement import StepMeasurement, per_example, weights_of
+from gnsfx.noise.measurement import StepMeasurement, per_example, variance_of_estimates, weights_of
 from gnsfx.noise.optimizer_noise import OptimizerNoise
 from gnsfx.noise.reading import Host, Reading
 from gnsfx.noise.readings import Readings
 from gnsfx.noise.tracking import LEAST_DECAY, Tracked, columns_of
+from gnsfx.noise.waiting import OneStep, Waiting, restored
 
 
 class NoiseScale(Readings):
@@ -110,14 +111,15 @@ class NoiseScale(Readings):
         left_out = {*self._host.excluded, *self._host.unselected}
         at = tuple(i for i, name in enumerate(self._host.parameters) if name not in left_out)
         parameters = [*self._host.parameters.values()]
-        if self._tracked is None:
+        tracked = self._tracked
+        if tracked is None:
             return [], torch.zeros(0)
-        refused = self._tracked.refused
+        refused = tracked.refused
         return [parameters[i] for i in at], refused[collector.index(at, refused.device)] == 0
 
     def reset(self) -> None:
         """Forget all steps, for instance after warm-up."""
-        self._tracked: Tracked | None = None
+        self._wait_from(None)
         self._reading: Reading | None = None
         self._host = Host()
         self._warned: set[str] = set()
@@ -166,11 +168,12 @@ class NoiseScale(Readings):
                 found = distributed.only_averaged(found, self.model)
             if group is not None:
                 found = distributed.with_untouched(found)
-            if found.values is None and (group is None or not is_idle(found) or collector.zeroed(self.model)):
+            if found.values is None and (group is None or not is_idle(found) or diagnosis.zeroed(self.model)):
                 raise NotMeasuredError(self._why_nothing(found))
-            tracked = self._track(found)
+            waiting = self._track(found)
             scaled = None if self._weighing is None else (self._weighing.terms(found),)
-        sums = gather(
+        like = waiting.tracked.series
+        record = gather(
             found,
             loss_scale=scale,
             weights=weights,
@@ -178,30 +181,42 @@ class NoiseScale(Readings):
             reduction=self._reduction,
             group=group,
             call=self._calls,
-            like=tracked.series,
+            like=like,
             scaled=scaled,
         )
-        whole = self._predicting is None or self._predicting.take(found, sums.examples)
+        at_once = self._predicting is not None or self._weighing is not None
+        sums = total([record], like) if at_once else None
+        whole = self._predicting is None or sums is None or self._predicting.take(found, sums.examples[0])
         if whole:
             self._host.take(found, group is None, isinstance(scale, Tensor) or scale != 1)
-        taken = tracked.step(sums, self._decay, frozenset() if whole else self._rest(), self._least)
+        if sums is None:
+            waiting.add(record)
+        else:
+            self._take_at_once(sums, whole)
+        norms = per_example(found, scale) if group is None and whole else None
+        shares = None if norms is None else weights_of(found, weights, self._reduction)
+        estimated = None if norms is None else variance_of_estimates(found, scale)
+        measured = StepMeasurement(OneStep(record, like, whole), norms, shares, estimated)
+        self._reading = None
+        found.clear()
+        if self._host.excluded and "coverage" not in self._warned:
+            self._warn("coverage", self._host.coverage_text(self._host.excluded), stacklevel=4)
+        return measured
+
+    def _take_at_once(self, sums: Sums, whole: bool) -> None:
+        """A step that the prediction or the optimizer's noise scale goes on from."""
+        assert self._waiting is not None
+        taken = self._waiting.take(sums, frozenset() if whole else self._rest())
         if self._predicting is not None:
             self._predicting.step(taken.of(self._predicting.names), taken.total if whole else None, taken.forget)
         if self._weighing is not None and whole and sums.scaled is not None:
-            self._weighing.step(sums.scaled, taken)
-        norms = per_example(found, scale) if group is None and whole else None
-        shares = None if norms is None else weights_of(found, weights, self._reduction)
-        measured = StepMeasurement(taken.one(whole), norms, shares)
-        self._reading = None
-        found.clear()
-        if self._host.excluded:
-            self._warn("coverage", self._host.coverage_text(self._host.excluded), stacklevel=4)
-        return measured
+            self._weighing.step(sums.scaled[0], taken)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later numbers depend on, as tensors and plain values; the same on all ranks."""
         prediction = None if self._predicting is None else self._predicting.state_dict()
         return saved.state_dict(self._tracked, self._host, self.model) | {
+            "waiting": None if self._waiting is None else self._waiting.state(),
             "prediction": prediction and prediction | {"names": saved.inside(prediction["names"], self.model)},
             "preconditioned": None if self._weighing is None else self._weighing.state(),
         }
@@ -218,22 +233,37 @@ class NoiseScale(Readings):
             predicting = FullSteps(predicting.every, predicting.first, predicting.memory)
             if prediction is not None:
                 predicting.load_state_dict(prediction, saved.names_of(self.model))
+        waiting = None
+        if tracked is not None:
+            same = tracked.columns == saved.columns_in(state, self.model)
+            waiting = restored(state.get("waiting") if same else None, tracked, self._decay, self._least)
         if self._weighing is not None:
             self._weighing.load(state.get("preconditioned"))
-        self._tracked, self._host, self._predicting, self._reading = tracked, host, predicting, None
+        self._wait_from(None)
+        self._waiting = waiting
+        self._host, self._predicting, self._reading = host, predicting, None
 
-    def _track(self, found: collector.Totals) -> Tracked:
-        """The sums with a column for each trainable parameter of now: new ones start empty, the others go on."""
+    def _track(self, found: collector.Totals) -> Waiting:
+        """The averages with a column for each trainable parameter of now: new ones start empty, the others go on."""
         parameters = dict(zip(found.names, found.parameters, strict=True))
-        if self._tracked is None or tuple(found.names) != self._tracked.columns.parameters:
+        if self._waiting is None or found.names is not self._names:
+            parameters = dict(zip(found.names, found.parameters, strict=True))
             columns = columns_of(parameters, self.model, self._groupings)
-            if self._tracked is None:
-                self._tracked = Tracked.empty(columns, device_of(found), self._half_life or 0.0)
-            else:
-                self._tracked = self._tracked.rearranged(columns)
-        self._tracked.to(device_of(found))
-        self._host.parameters = parameters
-        return self._tracked
+            if self._waiting is None:
+                self._wait_from(Tracked.empty(columns, device_of(found), self._half_life or 0.0))
+            elif columns != self._waiting.tracked.columns:
+                self._wait_from(self._waiting.commit().rearranged(columns))
+            self._names = found.names
+            self._host.parameters = parameters
+        assert self._waiting is not None
+        if self._waiting.tracked.is_elsewhere(device_of(found)):
+            self._waiting.commit().to(device_of(found))
+        return self._waiting
+
+    def _wait_from(self, tracked: Tracked | None) -> None:
+        """From these averages on."""
+        self._waiting = None if tracked is None else Waiting(tracked, self._decay, self._least)
+        self._names: list[str] = []  # of the parameters in the last step, as the walk over the model gave them
 
     def _rest(self) -> frozenset[str]:
         """All but the norm layers."""
@@ -241,7 +271,7 @@ class NoiseScale(Readings):
         return frozenset(self._host.parameters.keys() - (self._predicting.names or ()))
 
     def _why_nothing(self, found: collector.Totals) -> str:
-        if reason := collector.diagnose(self.model):
+        if reason := diagnosis.diagnose(self.model):
             return reason
         refused = {name: reason or "" for name, reason in zip(found.names, found.refusals, strict=True)}
         return f"noise.step() found no measured parameter. {list_reasons(refused)}"

@@ -28,6 +28,8 @@ Source: the loss change is equation 2.6 of McCandlish et al. (arXiv 1812.06162) 
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,12 +38,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gnsfx._torch import flatten_dense_tensors
 from gnsfx.collector import Totals, index
 from gnsfx.errors import OptionError
 from gnsfx.noise.diagonal import Diagonal, Scalar, read_diagonals, real
 
-Tensors = list[Tensor] | tuple[Tensor, ...]
-_CHUNK = 1 << 24  # numbers treated at a time: what is computed of them needs four times their memory
+_CHUNK = 1 << 20  # numbers side by side: what is computed of them needs eight times their memory
 
 
 class Terms(NamedTuple):
@@ -84,25 +86,33 @@ def terms(found: Totals, elementwise: Mapping[str, Tensor], optimizer: Optimizer
     sums, grad_sq = torch.full_like(q, -math.inf), torch.zeros_like(q)
     exact = torch.zeros_like(q, dtype=torch.bool)
     for at in _chunks(diagonals, parameters):
-        chunk = [d for i in at if (d := diagonals[i]) is not None]
-        place, grads = index(at, q.device), [_gradient(parameters[i]) for i in at]
+        chunk, place = [d for i in at if (d := diagonals[i]) is not None], index(at, q.device)
+        grads = [_gradient(parameters[i]) for i in at]
+        sizes = tuple([g.numel() for g in grads])
+        grad = _flat(grads)
+        plain = _sums(grad * grad, sizes, like=q)
         if chunk[0].moment is None:
             weight = chunk[0].gain ** power
             share.index_fill_(0, place, weight)
             exact.index_fill_(0, place, True)
-            grad_sq.index_copy_(0, place, _dots(grads, grads, like=q) * weight)
+            grad_sq.index_copy_(0, place, plain * weight)
             continue
         weights = _weights(chunk, power)
-        weighed, plain = _dots(weights, grads, grads, like=q), _dots(grads, grads, like=q)
+        weighed = _sums((weights * grad).mul_(grad), sizes, like=q)
         grad_sq.index_copy_(0, place, weighed)
         share.index_copy_(0, place, torch.where(plain > 0, weighed / plain, 0))
-        kept = [(i, w, e) for i, w in zip(at, weights, strict=True) if (e := entries[i]) is not None]
+        kept = [(j, e) for j, i in enumerate(at) if (e := entries[i]) is not None and e.numel()]
         if kept:
-            at, weights, squares = zip(*kept, strict=True)
-            place = index(at, q.device)
-            known = torch.stack([e.flatten()[0].to(q) for e in squares]) > -math.inf
-            exact.index_copy_(0, place, known)
-            sums.index_copy_(0, place, _dots(weights, squares, like=q))
+            which, squares = zip(*kept, strict=True)
+            if len(which) < len(at):
+                pieces = weights.split(sizes)
+                weights, sizes = _flat([pieces[j] for j in which]), tuple([sizes[j] for j in which])
+                place = index(tuple([at[j] for j in which]), q.device)
+            square = _flat(squares)
+            exact.index_copy_(0, place, square.index_select(0, _starts(sizes, q.device)) > -math.inf)
+            sums.index_copy_(0, place, _sums(square * weights, sizes, like=q))
+    if found.variances is not None:
+        exact &= found.variances == 0
     usable = (share > -math.inf) & (q > -math.inf)
     sq_norm = torch.where(exact & (sums > -math.inf), sums, q * share)
     return Terms(torch.where(usable, sq_norm, -math.inf), grad_sq, exact)
@@ -121,16 +131,18 @@ def preconditioner(optimizer: Optimizer, parameter: Tensor, power: int = 1) -> T
         return None
     if diagonal.moment is None:
         return torch.ones_like(real(parameter)) * diagonal.gain**power
-    return _weights([diagonal], power)[0]
+    return _weights([diagonal], power).view(real(parameter).shape)
 
 
 def _chunks(diagonals: Sequence[Diagonal | None], parameters: Sequence[Tensor]) -> Iterator[tuple[int, ...]]:
-    """Positions of the parameters that have a P: those with a moment, and those with the same number, as many as fit."""
+    """Positions of the parameters that have a P, those of one kind side by side, as many as fit: with a moment, and with the same
+    number."""
     kinds: dict[Any, list[int]] = {}
     for i, diagonal in enumerate(diagonals):
         if diagonal is not None:
             gain = diagonal.gain if isinstance(diagonal.gain, float) else id(diagonal.gain)
-            kinds.setdefault(gain if diagonal.moment is None else "moment", []).append(i)
+            kind = "moment" if diagonal.moment is not None else gain
+            kinds.setdefault((kind, parameters[i].dtype, parameters[i].device), []).append(i)
     for positions in kinds.values():
         at: list[int] = []
         size = 0
@@ -143,43 +155,55 @@ def _chunks(diagonals: Sequence[Diagonal | None], parameters: Sequence[Tensor]) 
         yield tuple(at)
 
 
-def _weights(diagonals: Sequence[Diagonal], power: int) -> list[Tensor]:
-    """W = P^power, in float32 at least."""
-    moments = [d.moment() for d in diagonals if d.moment is not None]
-    weights = [*torch._foreach_sqrt(moments)]
-    torch._foreach_mul_(weights, _scalars([d.stretch for d in diagonals], weights))
-    torch._foreach_add_(weights, _scalars([d.eps for d in diagonals], weights))
-    torch._foreach_clamp_min_(weights, torch.finfo(torch.float32).tiny)  # eps may be 0
-    torch._foreach_reciprocal_(weights)
-    torch._foreach_mul_(weights, _scalars([d.gain for d in diagonals], weights))
-    torch._foreach_mul_(weights, torch._foreach_sign(moments))
-    if power == 2:
-        torch._foreach_mul_(weights, weights)
-    return weights
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers in one row: an operation on many small tensors takes longer than to lay them side by side. Not to be written to:
+    one tensor alone is not copied."""
+    return tensors[0].reshape(-1) if len(tensors) == 1 else flatten_dense_tensors(tensors)
 
 
-def _scalars(values: Sequence[Scalar], beside: Sequence[Tensor]) -> Any:
-    """As numbers, or all as 0-d tensors where one of them is."""
+def _weights(diagonals: Sequence[Diagonal], power: int) -> Tensor:
+    """W = P^power of all numbers in one row, in float32 at least."""
+    moments = [d.moment(d.state) for d in diagonals if d.moment is not None]
+    sizes, moment = tuple([m.numel() for m in moments]), _flat(moments)
+    weights = moment.sqrt()
+    weights.mul_(_each([d.stretch for d in diagonals], sizes, weights))
+    weights.add_(_each([d.eps for d in diagonals], sizes, weights))
+    weights.clamp_min_(torch.finfo(torch.float32).tiny)  # eps may be 0
+    weights.reciprocal_()
+    weights.mul_(_each([d.gain for d in diagonals], sizes, weights))
+    weights.mul_(moment.sign())
+    return weights.mul_(weights) if power == 2 else weights
+
+
+def _each(values: Sequence[Scalar], sizes: tuple[int, ...], like: Tensor) -> Scalar:
+    """A number for each tensor, for each of its numbers; as it is where it is the same for all."""
     if not any(isinstance(value, Tensor) for value in values):
-        return values
-    return [v if isinstance(v, Tensor) else w.new_full((), v) for v, w in zip(values, beside, strict=True)]
-
-
-def _dots(first: Tensors, *others: Tensors, like: Tensor) -> Tensor:
-    """Of each parameter the sum of the products of factors that are not negative together."""
-    products = torch._foreach_mul(first, others[0])
-    for factors in others[1:]:
-        torch._foreach_mul_(products, factors)
-    return _totals(products, like)
-
-
-def _totals(tensors: Tensors, like: Tensor) -> Tensor:
-    """The sums of tensors without negative numbers, side by side."""
-    if like.device.type == "cpu":  # where norms add up one number after the other: off by 1e-3 for ten million
-        sums = [t.sum() for t in tensors]
+        if len({*values}) == 1:
+            return values[0]
+        each = torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
     else:
-        sums = torch._foreach_norm(tensors, 1)
-    return torch.stack([s.to(like) for s in sums])
+        each = torch.stack([v.to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values])
+    return each.repeat_interleave(_lengths(sizes, like.device), output_size=len(like))
+
+
+def _sums(products: Tensor, sizes: tuple[int, ...], like: Tensor) -> Tensor:
+    """The sum over each tensor of what is not negative."""
+    if len(sizes) == 1:
+        return products.sum(0, keepdim=True).to(like)
+    if like.device.type == "cpu":  # where norms add up one number after the other: off by 1e-3 for ten million
+        lengths = _lengths(sizes, like.device)
+        return torch.segment_reduce(products.double(), "sum", lengths=lengths, unsafe=True).to(like)
+    return torch.stack([s.to(like) for s in torch._foreach_norm(products.split(sizes), 1)])
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(sizes, device=device)  # cached: copying it to a GPU would wait for the GPU
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=device)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

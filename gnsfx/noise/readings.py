@@ -7,6 +7,7 @@ import warnings
 
 from torch import nn
 
+from gnsfx.coverage import coverage
 from gnsfx.errors import GnsWarning, OptionError
 from gnsfx.noise.diagnostics import NOTES, messages
 from gnsfx.noise.full_steps import FullSteps
@@ -16,6 +17,7 @@ from gnsfx.noise.optimizer_noise import OptimizerNoise, OptimizerStats
 from gnsfx.noise.predict import Prediction
 from gnsfx.noise.reading import Host, Reading, read
 from gnsfx.noise.tracking import TOTAL, Tracked, stats_of
+from gnsfx.noise.waiting import Waiting
 
 # Of the steps that its members know: a group that was tracked for fewer, as after loading, is summed from its members.
 _AS_LONG = 0.99
@@ -26,13 +28,18 @@ class Readings:
 
     model: nn.Module
     _host: Host
-    _tracked: Tracked | None
+    _waiting: Waiting | None
     _reading: Reading | None
     _warned: set[str]
     _groupings: dict[str, Grouping]
     _own: Grouping | None
     _predicting: FullSteps | None
     _weighing: OptimizerNoise | None
+
+    @property
+    def _tracked(self) -> Tracked | None:
+        """The averages with all steps."""
+        return None if self._waiting is None else self._waiting.now()
 
     @property
     def b_simple(self) -> float:
@@ -100,7 +107,7 @@ class Readings:
 
         Parameters without a gradient in that step are not counted as missing: there was nothing to measure.
         """
-        return self._host.share({*self._read().excluded, *self._host.unselected}) if self._tracked else 0.0
+        return self._host.share({*self._read().excluded, *self._host.unselected}) if self._waiting else 0.0
 
     @property
     def prediction(self) -> Prediction | None:
@@ -172,22 +179,27 @@ class Readings:
         reading = self._read()
         lines = [table([*self.by_group(grouping).items(), (TOTAL, reading.total)])]
         lines.append(f"B_simple in examples. {reading.describe()}")
-        if self._tracked and reading.excluded:
+        if estimated := sum(row.status == "estimated" for row in coverage(self.model)):
+            lines.append(
+                f"{estimated} parameters are estimated, without bias (gns.budget); gnsfx.coverage(model) names them."
+            )
+        if self._waiting and reading.excluded:
             lines.append(self._host.coverage_text(reading.excluded))
         lines += [text for kind, text in messages(reading.findings) if kind in NOTES]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        if self._tracked is None:
+        if self._waiting is None:
             return "NoiseScale(no step yet)"
         reading = self._read()
         return f"NoiseScale({describe(reading.total)}, steps={reading.counts.steps:.0f})"
 
     def _read(self) -> Reading:
         if self._reading is None:
-            if self._tracked is None:
+            tracked = self._tracked
+            if tracked is None:
                 return Reading()
-            self._reading = read(self._tracked, self._host, self._predicting, self._weighing)
+            self._reading = read(tracked, self._host, self._predicting, self._weighing)
         for kind, text in messages(self._reading.findings):
             if kind not in NOTES:
                 self._warn(kind, text)

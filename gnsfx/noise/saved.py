@@ -80,9 +80,7 @@ def load(state: Mapping[str, Any], model: nn.Module, groupings: Mapping[str, Gro
 def _restored(state: Mapping[str, Any], model: nn.Module, groupings: Mapping[str, Grouping]) -> tuple[Tracked, Host]:
     names, everything = names_of(model), dict(model.named_parameters())
     parameters = {names[inner]: everything[names[inner]] for inner in state["parameters"]}
-    groups = tuple((str(title), str(group)) for title, group in state["groups"])
-    who, where = (tuple(map(int, positions)) for positions in state["members"])
-    then = Columns(tuple(parameters), groups, (who, where))
+    then = columns_in(state, model)
     expected = {
         "series": (SERIES_ROWS, len(then)),
         "counts": (len(Counts()),),
@@ -99,6 +97,14 @@ def _restored(state: Mapping[str, Any], model: nn.Module, groupings: Mapping[str
     now.refused = old.refused
     excluded = {names[inner]: str(reason) for inner, reason in state["excluded"].items()}
     return now, Host(parameters, excluded, {names[inner] for inner in state["unselected"]})
+
+
+def columns_in(state: Mapping[str, Any], model: nn.Module) -> Columns:
+    """What the columns of a state are."""
+    names = names_of(model)
+    groups = tuple((str(title), str(group)) for title, group in state["groups"])
+    who, where = (tuple(map(int, positions)) for positions in state["members"])
+    return Columns(tuple(names[inner] for inner in state["parameters"]), groups, (who, where))
 
 
 def names_of(model: nn.Module) -> dict[str, str]:

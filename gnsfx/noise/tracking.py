@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gnsfx.collector import index
-from gnsfx.noise import estimators, series
+from gnsfx.noise import estimators, moments, series
 from gnsfx.noise.gather import Sums
 from gnsfx.noise.groups import Grouping, GroupStats, group_function
 from gnsfx.noise.intervals import Estimate
@@ -60,6 +60,12 @@ class Columns:
     def __len__(self) -> int:
         return len(self.parameters) + len(self.groups)
 
+    @property
+    def memories(self) -> tuple[int, ...]:
+        """For each column which memory it has: 0 the usual one, 1 that of the recent total."""
+        recent = len(self.parameters) + self.groups.index(("", RECENT))
+        return tuple(int(i == recent) for i in range(len(self)))
+
     def members_of_groups(self, among: frozenset[str]) -> dict[Hashable, frozenset[str]]:
         """Group -> its members, of these parameters."""
         found: dict[Hashable, set[str]] = {group: set() for group in self.groups}
@@ -71,6 +77,35 @@ class Columns:
         """The groups that any of these parameters is a member of, and what is missing."""
         found = {g for p, g in zip(*self.members, strict=True) if self.parameters[p] in names}
         return (*sorted(found), len(self.groups) - 1)
+
+
+class Measured(NamedTuple):
+    """What K steps say. values: [K, 3, P], tr(Sigma), |G|^2 and degrees of freedom. effective: [K], 1/W2, and n: [K],
+    examples; 0 where the step cannot be used."""
+
+    values: Tensor
+    effective: Tensor
+    n: Tensor
+
+    def total(self) -> Tensor:
+        """[K, 4], the sums over parameters, the largest freedom, and examples."""
+        pair, freedom = self.values.split([2, 1], 1)
+        return torch.cat([pair.sum(2), freedom.amax(2), self.n[:, None]], 1)
+
+
+def measure(sums: Sums) -> Measured:
+    """The unbiased pairs of K steps."""
+    n = sums.usable * sums.n
+    effective = sums.usable * (1 - sums.misweighted) * (1 - sums.left_over) * sums.effective
+    # Examples that did not reach a parameter that others did have contributions of zero to it.
+    own = effective[:, None] * ((sums.examples > 0) & (sums.refused == 0))
+    freedom = (own - 1).clamp(min=0)
+    used = freedom > 0
+    # Not a product with the mask: 0 * inf is NaN.
+    pair = estimators.unbiased_pair(
+        torch.where(used, sums.grad_sq, 0), torch.where(used, sums.sq_norm, 0), torch.where(used, own, 2)
+    )
+    return Measured(torch.stack([*pair, freedom], 1), effective, n)
 
 
 def columns_of(parameters: Mapping[str, nn.Parameter], model: nn.Module, groupings: Mapping[str, Grouping]) -> Columns:
@@ -94,12 +129,11 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 class Taken(NamedTuple):
-    """A step as it was taken in: (tr(Sigma), |G|^2, freedom) of every parameter [3, P] and of all of them [3], the number of
-    examples and the factor on everything older, both 0-d."""
+    """A step as it was taken in: (tr(Sigma), |G|^2, freedom) of every parameter [3, P] and of all of them [3], and the factor
+    on everything older, 0-d."""
 
     values: Tensor
     total: Tensor
-    examples: Tensor
     forget: Tensor
     names: tuple[str, ...]
 
@@ -108,10 +142,6 @@ class Taken(NamedTuple):
         at = tuple(i for i, name in enumerate(self.names) if name in (names or ()))
         own = self.values.index_select(1, index(at, self.values.device))
         return torch.cat([own[:2].sum(1), own[2:].amax(1) if at else own.new_zeros(1)])
-
-    def one(self, whole: bool) -> Tensor:
-        """The step by itself, [4]: tr(Sigma), |G|^2, freedom, 0 where not everything was measured, and examples."""
-        return torch.cat([self.total[:2], self.total[2:] * whole, self.examples[None]])
 
 
 @dataclass(slots=True)
@@ -143,55 +173,59 @@ class Tracked:
         refused = self.refused.new_zeros(len(columns.parameters))
         return Tracked(columns, new, self.counts, refused, self.half_life)
 
+    def is_elsewhere(self, device: torch.device) -> bool:
+        """As after loading, when the model is seen at work for the first time."""
+        return self.series.device != device or self.series.dtype != _dtype(device)
+
     def to(self, device: torch.device) -> None:
-        """After loading, when the model is seen at work for the first time."""
-        if self.series.device != device or self.series.dtype != _dtype(device):
-            ours = (self.series, self.counts, self.refused, self.half_life)
-            moved = (t.to(_dtype(device)).to(device) for t in ours)
-            self.series, self.counts, self.refused, self.half_life = moved
+        """Move to where the model is."""
+        ours = (self.series, self.counts, self.refused, self.half_life)
+        moved = (t.to(_dtype(device)).to(device) for t in ours)
+        self.series, self.counts, self.refused, self.half_life = moved
 
-    def step(self, sums: Sums, decay: float, left_out: frozenset[str] = frozenset(), least_decay: float = 0.0) -> Taken:
-        """Take in a step.
+    def step(
+        self, sums: Sums, decay: float, left_out: frozenset[str] = frozenset(), least_decay: float = 0.0
+    ) -> tuple[Tracked, Taken]:
+        """What it is after K more steps, and the last of them.
 
-        left_out: parameters that it was told not to measure, so that it says nothing of their groups. least_decay: weight of
-        the past after the step, however large.
+        left_out: parameters that the steps were told not to measure, so that they say nothing of their groups. least_decay:
+        weight of the past after a step, however large.
         """
-        n = sums.usable * sums.n
-        effective = sums.usable * (1 - sums.misweighted) * (1 - sums.left_over) * sums.effective
-        # Examples that did not reach a parameter that others did have contributions of zero to it.
-        own = effective * ((sums.examples > 0) & (sums.refused == 0))
-        freedom = (own - 1).clamp(min=0)
-        used = freedom > 0
-        # Not a product with the mask: 0 * inf is NaN.
-        pair = estimators.unbiased_pair(
-            torch.where(used, sums.grad_sq, 0), torch.where(used, sums.sq_norm, 0), torch.where(used, own, 2)
-        )
-        values = torch.stack([*pair, freedom])
-        grouped = self._grouped(values, sums, effective)
-        total = grouped[:, 0].clone()
+        measured = measure(sums)
+        values, _, n = measured
+        grouped = self._grouped(measured, sums)
+        whole_step = grouped[-1, :, 0].clone()
         if left_out:
-            grouped[2].index_fill_(0, index(self.columns.groups_with(left_out), values.device), 0)
-        usual = estimators.half_life_of(decay, n)
-        self.half_life = torch.where(self.half_life > 0, self.half_life, usual)
-        forget = estimators.step_decay(n, torch.where(self.half_life > 0, self.half_life, 1)).clamp(min=least_decay)
-        forgets = forget.expand(len(self.columns)).clone()
-        forgets[len(self.columns.parameters) + self.columns.groups.index(("", RECENT))] = forget**RECENT_FACTOR
-        tr_sigma, g_sq, freedoms = torch.cat([values, grouped], 1)
-        self.series = series.step(self.series, tr_sigma, g_sq, freedoms, forgets)
-        if not left_out:
-            self.refused = ((sums.refused > 0) | ((sums.gap > 0) & (sums.examples == 0) & (sums.grad_sq > 0))).to(
-                sums.refused
-            )
-        larger = torch.where(used, sums.grad_sq - _MARGIN * sums.examples * sums.sq_norm, 0).sum() > 0
-        self._count(sums, effective, larger, forget)
-        return Taken(values, total, n, forget, self.columns.parameters)
+            grouped[:, 2].index_fill_(1, index(self.columns.groups_with(left_out), values.device), 0)
+        first = n.index_select(0, (n > 0).to(n.dtype).argmax(0, keepdim=True)).squeeze(0)  # that has examples
+        usual = estimators.half_life_of(decay, first)
+        half_life = torch.where(self.half_life > 0, self.half_life, usual)
+        forget = estimators.step_decay(n, torch.where(half_life > 0, half_life, 1)).clamp(min=least_decay)
+        # Of every step and all later ones, for the memory of most columns and for that of the recent total.
+        memories = torch.stack([forget, forget**RECENT_FACTOR], 1).flip(0).cumprod(0).flip(0)
+        whole, later = memories[0], torch.cat([memories[1:], torch.ones_like(memories[:1])])
+        which = index(self.columns.memories, values.device)
+        columns = torch.cat([values, grouped], 2)
+        news = moments.several(columns[:, :2], columns[:, 2], later[:, which])
+        refused = (sums.refused > 0) | ((sums.gap > 0) & (sums.examples == 0) & (sums.grad_sq > 0))
+        after = Tracked(
+            self.columns,
+            moments.join(self.series, news, whole[which]),
+            self._counted(sums, measured, whole[0], later[:, 0]),
+            self.refused if left_out else refused[-1].to(self.refused),
+            half_life,
+        )
+        return after, Taken(values[-1], whole_step, forget[-1], self.columns.parameters)
 
-    def _count(self, sums: Sums, effective: Tensor, larger: Tensor, forget: Tensor) -> None:
-        """What :class:`Counts` names, of one more step."""
+    def _counted(self, sums: Sums, measured: Measured, whole: Tensor, later: Tensor) -> Tensor:
+        """What :class:`Counts` names, after more steps."""
+        effective = measured.effective
         alone = (effective <= 1) & (effective == sums.effective) & (sums.misweighted == 0)
+        used = measured.values[:, 2] > 0
+        larger = torch.where(used, sums.grad_sq - _MARGIN * sums.examples * sums.sq_norm, 0).sum(1) > 0
         news = [
             torch.ones_like(effective),
-            sums.usable * sums.n,
+            measured.n,
             1 - sums.usable,
             sums.usable * ((sums.n < 2) | alone),
             sums.usable * larger,
@@ -199,20 +233,23 @@ class Tracked:
             sums.left_over,
         ]
         fading = [sums.tokens * (effective > 0), effective * (sums.tokens > 0)]
-        old, averages = self.counts[: len(news)], self.counts[len(news) :]
-        self.counts = torch.cat([old + torch.stack(news), forget * averages + torch.stack(fading)])
+        old, averages = self.counts.split([len(news), len(fading)])
+        return torch.cat([old + torch.stack(news, 1).sum(0), whole * averages + later @ torch.stack(fading, 1)])
 
-    def _grouped(self, values: Tensor, sums: Sums, effective: Tensor) -> Tensor:
-        """Sums over the members of each group [3, K]; the freedom is that of the member with most."""
+    def _grouped(self, measured: Measured, sums: Sums) -> Tensor:
+        """Sums over the members of each group [K, 3, groups]; the freedom is that of the member with most."""
+        values, effective, _ = measured
         who, where = (index(positions, values.device) for positions in self.columns.members)
-        K = len(self.columns.groups)
-        added = values.new_zeros(2, K).index_add_(1, where, values[:2, who])
-        most = values.new_zeros(K).scatter_reduce_(0, where, values[2, who], "amax")
-        unseen = torch.where((sums.gap > 0) & (values[2] == 0), sums.grad_sq, 0).sum()
-        missing = torch.stack([effective * unseen, unseen])
-        added[:, -1] = torch.where(effective > 1, missing, 0)
-        most[-1] = (effective - 1).clamp(min=0)
-        return torch.cat([added, most[None]])
+        members = values[:, :, who]
+        grouped = values.new_zeros(len(values), 3, len(self.columns.groups))
+        where = where.expand(len(values), 2, -1)
+        grouped[:, :2].scatter_add_(2, where, members[:, :2])  # index_add_ goes slice by slice on CPU
+        grouped[:, 2].scatter_reduce_(1, where[:, 0], members[:, 2], "amax")
+        unseen = torch.where((sums.gap > 0) & (values[:, 2] == 0), sums.grad_sq, 0).sum(1)
+        missing = torch.stack([effective * unseen, unseen], 1)
+        grouped[:, :2, -1] = torch.where(effective[:, None] > 1, missing, 0)
+        grouped[:, 2, -1] = (effective - 1).clamp(min=0)
+        return grouped
 
     def read(self, *more: Tensor) -> tuple[dict[Any, Estimate], list[bool], Counts, list[float]]:
         """Everything as host numbers: by parameter name and by (grouping, group); which were refused; and ``more``. One

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from gnsfx import collector
 from gnsfx.errors import GnsError
-from gnsfx.explain import Explanation, explain
+from gnsfx.explain import explain
+from gnsfx.explanation import Explained, Explanation
+from gnsfx.kernels.cost import matmul_paths
+from gnsfx.passes.record import Record
 
 EAGER = {"gns.inner": "eager"}
 
@@ -56,29 +59,41 @@ def test_table_has_every_candidate_with_its_cost() -> None:
     found = explain(Sequence(), torch.randint(7, (5, 6)))
     (graph,) = found.graphs
     (hidden,) = (p for p in graph.parameters if p.name == "hidden.weight")
-    assert set(hidden.record.costs) == {"plain", "materialise", "chunked", "ghost"}
+    assert set(hidden.record.costs) == {"plain", "materialise", "fused", "ghost"}
     assert hidden.taken == hidden.record.path != "plain"
     assert hidden.relative("plain") == 1.0 < hidden.relative(hidden.taken)
     assert hidden.relative(hidden.taken) == min(hidden.relative(p) for p in hidden.record.costs if p != "plain")
     lines = found.table.splitlines()
-    assert lines[0].split() == [
-        "parameter",
-        "shape",
-        "rank",
-        "operation",
-        "path",
-        "FLOPs",
-        "bytes",
-        "memory",
-        "time",
-        "why",
-    ]
+    header = "parameter shape rank operation path FLOPs bytes memory time of plain bound by why"
+    assert " ".join(lines[0].split()) == header
     at = next(i for i, line in enumerate(lines) if line.startswith("hidden.weight"))
     block = lines[at : at + 4]
-    assert re.search(r"hidden\.weight\s+4x4\s+2\s+mm\s+plain\s+960\s+1 KiB\s+0\s+1\.00x", block[0])
+    assert re.search(r"hidden\.weight\s+4x4\s+2\s+mm\s+plain\s+960\s+1 KiB\s+0\s+[\d.]+ us\s+1\.00x\s+calls", block[0])
     assert sum(f"* {hidden.taken}" in line for line in block) == 1
-    for path in ("materialise", "chunked", "ghost"):
-        assert any(re.search(rf"{path}\s+[\d.]+( k)?\s+[\d.]+ K?i?B\s+[\d.]+ K?i?B\s+[\d.]+x", line) for line in block)
+    for path in ("materialise", "fused", "ghost"):
+        assert any(
+            re.search(
+                rf"{path}\s+[\d.]+( k)?\s+[\d.]+ [KM]?i?B\s+(0|[\d.]+ [KM]?i?B)\s+[\d.]+ us\s+[\d.]+x\s+\w+", line
+            )
+            for line in block
+        )
+
+
+def test_why_a_path_won_in_one_clause() -> None:
+    costs = matmul_paths(8, 1, 64, 1024, 1024, 4, native=True)
+
+    def why(path: str, forced: str = "auto", reason: str = "", names: tuple[str, ...] = tuple(costs)) -> str:
+        record = Record(0, (256, 512), path=path, reason=reason, costs={n: costs[n] for n in names})
+        notes: dict[str, str] = {}
+        lines = Explained("w", record, torch.float32, "cpu", forced).lines(notes)
+        cell = next(cells for cells in lines if cells[4][0] == "*")[-1]
+        return next((text for text, mark in notes.items() if mark == cell), cell)
+
+    assert re.fullmatch(r"least time; materialise takes 1\.\d\dx", why("fused"))
+    assert why("ghost", "ghost") == "gns.path='ghost'"
+    assert why("materialise").startswith("least time under the memory cap; fused would need more")
+    assert why("fused", names=("plain", "fused")) == "the only path"
+    assert why("fused", names=("plain", "fused"), reason="needs 9 MiB").endswith("the only path; needs 9 MiB")
 
 
 def test_graphs_before_and_after() -> None:
@@ -225,5 +240,5 @@ def test_convolution_and_reduction_have_costs() -> None:
 
     (graph,) = explain(Convolution(), torch.randn(4, 2, 6, 5)).graphs
     costs = {p.name: p.record.costs for p in graph.parameters}
-    assert costs["conv.weight"]["convolution"].flops == 2 * 4 * (4 * 3) * (3 * 2 * 3 * 3)
-    assert costs["conv.bias"]["reduction"].bytes > 0
+    assert costs["conv.weight"]["plain"].flops == 2 * 4 * (4 * 3) * (3 * 2 * 3 * 3)
+    assert costs["conv.bias"]["reduction"].bytes > 0 and costs["conv.weight"]["convolution"].calls > 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gnsfx
-from gnsfx import backend, collector, leaves, unmeasured
+from gnsfx import backend, collector, compiled_graph, leaves, unmeasured
 from gnsfx.errors import NotMeasuredError, OptionError
 from tests import oracle, zoo
 
@@ -31,7 +31,8 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Compiles:
         seen.append("nothing" if rewriting is None else str(options.params))
         return real(gm, inputs, options, patches, rewriting)
 
-    monkeypatch.setattr(backend, "inner_compile", counted)
+    for module in (backend, compiled_graph):
+        monkeypatch.setattr(module, "inner_compile", counted)
     return seen
 
 

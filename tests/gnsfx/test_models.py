@@ -38,7 +38,7 @@ def test_eager(name: str) -> None:
     compiled_like_autograd(name)
 
 
-@pytest.mark.parametrize("path", ["materialise", "chunked", "ghost"])
+@pytest.mark.parametrize("path", ["materialise", "fused", "ghost"])
 @pytest.mark.parametrize("name", ["mlp_3d", "gpt_tied", "reused", "vit"])
 def test_every_path(name: str, path: str) -> None:
     compiled_like_autograd(name, **{"gns.path": path})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo import eval_frame
 from torch._dynamo.convert_frame import CatchErrorsWrapper, ConvertFrame
+from torch._inductor import cpp_builder
 from torch.distributed import _composable_state
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 ATTRIBUTES = [
     (torch._C, "_current_graph_task_id", "which backward is running"),
     (torch.autograd.Variable._execution_engine, "queue_callback", "the end of a backward under FSDP"),
+    (cpp_builder, "_get_openmp_args", "the OpenMP runtime of Inductor's own code"),
     (torch.amp.GradScaler, "_get_scale_async", "the loss scale without waiting for it"),
     (eval_frame, "_callback_from_stance", "graphs of their own inside gnsfx.measuring"),
     (ConvertFrame, "_clone_with_backend", "the same frame with another backend"),

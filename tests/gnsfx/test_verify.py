@@ -160,7 +160,7 @@ def test_frozen_and_unselected_are_listed() -> None:
     assert all(row.status == "unused" for row in report.skipped)
 
 
-@pytest.mark.parametrize("path", ["materialise", "chunked", "ghost"])
+@pytest.mark.parametrize("path", ["materialise", "fused", "ghost"])
 def test_every_path(path: str) -> None:
     tokens, targets = token_data()
     assert len(verify(gns(Transformer(), **{"gns.path": path}), tokens, loss=losses(targets)).parameters) == 9

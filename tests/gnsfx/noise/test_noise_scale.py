@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gnsfx import collector, unmeasured
 from gnsfx.errors import GnsError, GnsWarning, NotMeasuredError, OptionError
 from gnsfx.noise import estimators
 from gnsfx.noise.intervals import one_step
 from gnsfx.noise.noise_scale import NoiseScale
+from gnsfx.noise.waiting import MOST
 from tests.gnsfx.noise.one_by_one import data, definition, run
 
 
@@ -126,10 +128,41 @@ def test_step_does_not_synchronise(source, model):
     for name, parameter in (model := model.to("meta")).named_parameters():
         parameter.grad = torch.empty_like(parameter)
         source.sq_norm[name] = torch.empty((), device="meta")
-    source.examples = torch.empty((), device="meta")
-    measured = NoiseScale(model).step()
+    noise, sq_norm = NoiseScale(model), source.sq_norm
+    for _ in range(MOST + 1):
+        source.sq_norm, source.examples = sq_norm, torch.empty((), device="meta")
+        measured = noise.step()
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         _ = measured.b_simple
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that are no views: on a GPU each is a launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_do_not_grow_with_the_model(source, monkeypatch):
+    found_at = []
+    for layers in (3, 40):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)), nn.Linear(3, 2))
+        noise, counts = NoiseScale(model), []
+        for seed in range(MOST):
+            model.zero_grad()
+            source.backward(model, *data(4, seed))
+            found = source.totals(model)
+            with monkeypatch.context() as patch, Operations() as operations:
+                patch.setattr(collector, "totals", lambda model, found=found: found)
+                noise.step()
+            counts.append(operations.count)
+        assert max(counts[1:-1]) <= 10
+        assert sum(counts) <= 25 * MOST, "the averages take in all steps at once: 240 launches, 15 for each of them"
+        found_at.append(counts)
+    assert found_at[0] == found_at[1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

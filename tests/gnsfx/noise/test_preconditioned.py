@@ -91,7 +91,9 @@ def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     batch()(torch.compile(model, backend="gns", options=OPTIONS)).mean().backward()
     together = measured(model, optimizer)
     monkeypatch.setattr("gnsfx.noise.preconditioned._CHUNK", 100)
-    assert measured(model, optimizer) == together
+    apart = measured(model, optimizer)
+    most = max(p.numel() for p in model.parameters()) * torch.finfo(torch.float64).eps  # of sums in another order
+    assert apart == {name: pytest.approx(row, rel=most) for name, row in together.items()}
 
 
 class Scale(nn.Module):

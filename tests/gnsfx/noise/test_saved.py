@@ -46,6 +46,23 @@ def test_a_run_goes_on_with_the_same_numbers(source, model, cut):
     assert everything(after) == everything(whole)
 
 
+def test_with_another_decay_it_goes_on_from_the_same_numbers(source, model):
+    noise, other = NoiseScale(model, decay=0.9), NoiseScale(model, decay=0.5)
+    for _ in run(source, model, noise, [8, 8, 8, 8]):
+        pass
+    other.load_state_dict(kept(noise.state_dict()))
+    assert everything(other) == everything(noise)
+
+
+def test_looking_changes_nothing(source, model):
+    seen, unseen = NoiseScale(model), NoiseScale(model)
+    for noise in (seen, unseen):
+        for measured in run(source, model, noise, [8, 4, 16] * 7):
+            if noise is seen:
+                assert measured.freedom > 0 and noise.b_simple and noise.state_dict()
+    assert everything(seen) == everything(unseen)
+
+
 def test_the_state_does_not_follow_later_steps(source, model):
     noise = NoiseScale(model)
     next(run(source, model, noise, [8]))
@@ -110,8 +127,14 @@ DAMAGES = [
     ("a name", lambda state: {**state, "parameters": ["a", *state["parameters"][1:]]}, None, r"damaged: KeyError: 'a'"),
     ("members", lambda state: {**state, "members": [[0], [99]]}, None, r"damaged: IndexError"),
     ("a damaged number", lambda state: {**state, "half_life": "x"}, None, r"half_life should be a tensor of shape \[\]"),
+    ("a step", lambda state: {**state, "waiting": {**state["waiting"], "records": [(1, 2, 3)]}}, None, "its last steps: AttributeError"),
+    ("a short step", lambda state: {**state, "waiting": shortened(state["waiting"])}, None, "its last steps: RuntimeError"),
     ("a damaged tensor", lambda state: {**state, "series": state["series"][:3]}, None, r"series should be a tensor of shape"),
 ]  # fmt: skip
+
+
+def shortened(waiting):
+    return {**waiting, "records": [(raw[1:], *rest) for raw, *rest in waiting["records"]]}
 
 
 @pytest.mark.parametrize(("change", "other", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])

@@ -157,7 +157,7 @@ UNSEEN = [
 @pytest.mark.parametrize("options", UNSEEN)
 def test_what_only_the_device_knows_is_counted_there(source, model, monkeypatch, options):
     """On a GPU nothing is compared on the host; the step is left out and told of when something is read."""
-    monkeypatch.setattr("gnsfx.noise.gather._check", lambda *arguments: None)
+    monkeypatch.setattr("gnsfx.noise.given._check", lambda *arguments: None)
     noise, clean = NoiseScale(model), NoiseScale(model)
     for _ in run(source, model, clean, [8]):
         pass
@@ -170,7 +170,7 @@ def test_what_only_the_device_knows_is_counted_there(source, model, monkeypatch,
 
 
 def test_tokens_that_only_the_device_knows_leave_no_trace(source, model, monkeypatch):
-    monkeypatch.setattr("gnsfx.noise.gather._check_tokens", lambda tokens: None)
+    monkeypatch.setattr("gnsfx.noise.given._check_tokens", lambda tokens: None)
     noise = NoiseScale(model)
     for tokens in (80.0, math.nan, math.inf, -1.0):
         model.zero_grad()
