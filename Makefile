@@ -2,14 +2,16 @@
 # make test    format, lint, types and tests
 # make test-more    several ranks through Inductor, and more kinds of sharding
 # make test-models    whole models of the transformers library against per-example autograd
+# make bench    the tables of benchmarks/results that time something; wants an idle machine. make bench-peers: other libraries
 # All create .venv the first time; set PYTHON to choose the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-models lint bench clean
+.PHONY: help demo test test-more test-models lint bench bench-peers clean
 .SECONDARY:
 
 help:
@@ -33,10 +35,15 @@ lint: $(VENV)/installed-test
 	$(BIN)/pyright
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/compile_time.py
-	$(BIN)/python benchmarks/monte_carlo.py
-	$(BIN)/python benchmarks/naive_estimators.py
+	$(BIN)/python benchmarks/step_time.py --out $(RESULTS)/step_time
+	$(BIN)/python benchmarks/memory.py --out $(RESULTS)/memory
+	$(BIN)/python benchmarks/compile_time.py --out $(RESULTS)/compile_time
+	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
+	$(BIN)/python benchmarks/host_time.py
+	$(BIN)/python -m benchmarks.paths --modelled --out $(RESULTS)/paths
+
+bench-peers: $(VENV)/installed-test $(VENV)/installed-peers
+	$(BIN)/python benchmarks/step_time.py --peers --variants eager all --out $(RESULTS)/peers
 
 clean:
 	rm -rf $(VENV)

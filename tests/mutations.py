@@ -106,7 +106,7 @@ MODEL, PATH, RULE = (
 )
 REFUSAL = "tests.gnsfx.test_refusals:"
 CONTRACTION = "tests.passes.test_contractions:"
-RULES, MEASURER = "gnsfx.passes.rules.", "gnsfx.passes.measure:Measurer."
+RULES, MEASURER, SUMS = "gnsfx.passes.rules.", "gnsfx.passes.measure:Measurer.", "gnsfx.passes.measure_sums:Sums."
 
 SERIES = "tests.gnsfx.noise.test_series:test_running_sums_are_the_sums"
 # fmt: off
@@ -134,13 +134,13 @@ MUTATIONS = [
              REFUSAL + "test_rows_picked_by_an_index_leave_the_graph"),
     Mutation("the coupling flag is dropped", "gnsfx.passes.pipeline:find_coupling", "return explain_mixed(after)", "return None",
              REFUSAL + "test_coupling_in_a_later_graph_reaches_the_earlier_ones", ("centred",)),
-    Mutation("a term of a reused weight is dropped", MEASURER + "_concatenate", "self.emit(aten.cat.default, parts, dim)", "parts[0]",
+    Mutation("a term of a reused weight is dropped", SUMS + "_concatenate", "self.emit(aten.cat.default, parts, dim)", "parts[0]",
              MODEL, ("reused",)),
-    Mutation("the cross term of a tied table is dropped", MEASURER + "_combined", "tied_cross.default, ids, rows, *squeezed), 2.0)",
+    Mutation("the cross term of a tied table is dropped", SUMS + "measure", "tied_cross.default, ids, rows, *squeezed), 2.0)",
              "tied_cross.default, ids, rows, *squeezed), 0.0)", PATH, ("tied", "ghost")),
-    Mutation("a transposed term is added untransposed", MEASURER + "_oriented", "(g, x) if term.transposed else (x, g)", "(x, g)",
+    Mutation("a transposed term is added untransposed", SUMS + "_oriented", "(g, x) if term.transposed else (x, g)", "(x, g)",
              MODEL, ("symmetric",)),
-    Mutation("a scale is not squared", MEASURER + "_scaled", "scale * scale if squared else scale", "scale", MODEL, ("scaled",)),
+    Mutation("a scale is not squared", MEASURER + "_scaled", "scale * scale", "scale", MODEL, ("scaled",)),
     Mutation("a minus sign between two terms is lost", "gnsfx.passes.terms:peel", "scale = -scale", "pass", MODEL, ("reused_scaled",)),
     Mutation("a term of no example is not shared out", "gnsfx.passes.emit:Emitter.share",
              "return self(aten.div.Tensor, node, self.size(self.examples))", "return node", MODEL, ("weight_decay",)),
@@ -148,14 +148,14 @@ MUTATIONS = [
              "shared = {a: emit(aten.mul.Tensor, a, 0.0) for a in joint_terms(source, partial)}", MODEL, ("weight_decay",)),
     Mutation("a mean is not divided", "gnsfx.passes.contractions:Reduction.materialise", 'if "mean" in', 'if "never" in',
              CONTRACTION + "test_reduction"),
-    Mutation("padding_idx is ignored", "gnsfx.passes.contractions:embedding_contraction",
+    Mutation("padding_idx is ignored", "gnsfx.passes.find_contractions:embedding_contraction",
              "emit(aten.unsqueeze.default, emit(aten.ne.Scalar, index, padding), -1)", "None",
              CONTRACTION + "test_embedding_dense_backward"),
-    Mutation("the mask of a lookup is ignored", "gnsfx.passes.contractions:index_put_contraction", "keep = mask\n", "keep = None\n",
+    Mutation("the mask of a lookup is ignored", "gnsfx.passes.find_contractions:index_put_contraction", "keep = mask\n", "keep = None\n",
              MODEL, ("embedding_padding",)),
-    Mutation("negative rows are not wrapped", "gnsfx.passes.contractions:own_rows", "emit(aten.lt.Scalar, index, 0)",
+    Mutation("negative rows are not wrapped", "gnsfx.passes.rows:own_rows", "emit(aten.lt.Scalar, index, 0)",
              "emit(aten.lt.Scalar, index, -99)", MODEL, ("negative_index",)),
-    Mutation("a shared factor of a bilinear map is not split", "gnsfx.passes.contractions:trilinear_contraction",
+    Mutation("a shared factor of a bilinear map is not split", "gnsfx.passes.find_contractions:trilinear_contraction",
              "if dim not in dims]", "if a is at]", MODEL, ("bilinear_of_rows",)),
     Mutation("the groups of a convolution are forgotten", "gnsfx.kernels.convolution_norm:_grouped",
              "count * convolution.groups", "count", MODEL, ("conv2d",)),

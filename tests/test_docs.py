@@ -20,6 +20,7 @@ REASONS_AT_RUN_TIME = (
     "collector.py",
     "coverage.py",
     "backend.py",
+    "captured_graph.py",
     "capture.py",
     "eager_code.py",
     "pipeline.py",

@@ -90,7 +90,7 @@ def generate(seed: int, length: int | None = None) -> Program:
     )[0]
     dynamic, path = (
         rng.random() < 0.05 or None,
-        rng.choices(("auto", "materialise", "chunked", "ghost"), (70, 10, 10, 10))[0],
+        rng.choices(("auto", "materialise", "fused", "ghost"), (70, 10, 10, 10))[0],
     )
     coupled = rng.random() < 0.12
     steps = rng.randint(2, 8)
