@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -39,11 +40,12 @@ class Channel:
         backend = dist.get_backend(group)
         self._cuda, self._cpu = "nccl" in backend, "gloo" in backend
         try:
-            self._group = dist.new_group(
+            made = dist.new_group(
                 self.ranks, timeout=timedelta(seconds=timeout), backend=backend, use_local_synchronization=True
             )
         except RuntimeError as error:
             raise GnsError(self._missing("the first step", timeout)) from error
+        self._group = weakref.ref(made)  # destroy_process_group() ends a group's threads only if nothing holds it
         self._calls: dict[str, int] = {}
         self._lost = ""  # why no more sums are possible
         self._capacity = 0  # what all ranks have room for
@@ -70,6 +72,9 @@ class Channel:
     def _send(self, vector: Tensor, length: int, what: str, step: int, timeout: float) -> Tensor:
         if self._lost:
             raise GnsError(f"{what}: no more sums over these ranks, since an earlier one failed. {self._lost}")
+        group = self._group()
+        if group is None:
+            raise GnsError(f"{what}: no sum over these ranks, since their process group was destroyed.")
         rows = torch.zeros(3, len(self.ranks), dtype=vector.dtype)
         rows[:, self.rank] = torch.tensor([zlib.crc32(what.encode()) % 2**20, length, step], dtype=vector.dtype)
         header = rows.flatten().to(vector.device, non_blocking=True)
@@ -78,7 +83,7 @@ class Channel:
         sent = self.place(payload)
         started = time.monotonic()
         try:
-            work = dist.all_reduce(sent, group=self._group, async_op=True)
+            work = dist.all_reduce(sent, group=group, async_op=True)
             assert work is not None
             work.wait(timedelta(seconds=timeout)) if sent.device.type == "cpu" else work.wait()
         except RuntimeError as error:

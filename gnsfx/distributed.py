@@ -11,6 +11,7 @@ initialised world is taken to be trained by this rank alone, unless the caller n
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,8 +125,8 @@ def group_of(model: nn.Module) -> Any:
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    if model in _groups:
-        return _groups[model]
+    if (known := _groups.get(model)) is not None and (group := known()) is not None:
+        return group
     found = {id(w.process_group): w.process_group for w in _wrappers(model)}
     for mesh, divisor in fsdp_groups(model):
         if divisor is not None and divisor != mesh.size():
@@ -146,7 +147,7 @@ def group_of(model: nn.Module) -> Any:
         if group is None and dist.get_world_size() > 1:
             _tell(model)
         return None  # not kept: it may be wrapped later
-    _groups[model] = group
+    _groups[model] = weakref.ref(group)
     return group
 
 
@@ -216,7 +217,7 @@ def _group_of_mesh(mesh: Any) -> Any:
     )
 
 
-_groups: Any = WeakIdKeyDictionary()  # model -> group
+_groups: Any = WeakIdKeyDictionary()  # model -> group; weakly, as in gnsfx.channel
 _told: Any = WeakIdKeyDictionary()
 _touched: Any = WeakIdKeyDictionary()  # parameter -> [whether a gradient came to it since the last step]
 _constants: dict[Any, Tensor] = {}

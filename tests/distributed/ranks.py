@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gnsfx.channel import _channels
 from gnsfx.errors import GnsError
 from gnsfx.noise.measurement import StepMeasurement
 from tests import oracle, zoo
@@ -52,12 +56,23 @@ def launch(program: str, ranks: int, *arguments: str, timeout: float = 120.0, **
 
 
 @contextlib.contextmanager
-def world() -> Iterator[tuple[int, int]]:
-    """The rank and the number of ranks."""
-    dist.init_process_group("gloo")
+def world(**options: Any) -> Iterator[tuple[int, int]]:
+    """The rank and the number of ranks.
+
+    A thread of a process group that anything still holds may ask for the GIL while the interpreter ends, and that aborts the
+    process. ``fully_shard`` holds those of its mesh; ours must end with ``destroy_process_group``.
+    """
+    dist.init_process_group("gloo", **options)
     dist._DEFAULT_FIRST_BUCKET_BYTES = 2000  # small models in several buckets
+    checks.append(dist.new_group())
     yield dist.get_rank(), dist.get_world_size()
+    ours = [weakref.ref(checks.pop()), *(channel._group for channel in _channels.values())]
+    gc.collect()  # wrappers refer to themselves
     dist.destroy_process_group()
+    assert not any(group() for group in ours), "a process group outlives destroy_process_group()"
+
+
+checks: list[Any] = []  # the process group of the comparisons between ranks
 
 
 class Block(nn.Module):
@@ -145,7 +160,7 @@ def close(found: float, expected: float, tolerance: float, what: str) -> None:
 def same_bits(value: float) -> None:
     """On all ranks."""
     values = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, torch.tensor([value], dtype=torch.float64))
+    dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=checks[0])
     assert len({v.item() for v in values}) == 1, f"the ranks have {[v.item() for v in values]}"
 
 

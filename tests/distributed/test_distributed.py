@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, world
 from tests.distributed.run_data_parallel import CASES, HYBRID, check
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo and torchrun")
@@ -29,11 +29,8 @@ def test_two_ranks_find_what_one_process_finds() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_one_rank_may_shard_too() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        check("sharded whole", 0, 1)
-    finally:
-        dist.destroy_process_group()
+    with world(store=dist.HashStore(), rank=0, world_size=1) as (rank, ranks):
+        check("sharded whole", rank, ranks)
 
 
 @pytest.mark.more
