@@ -20,52 +20,47 @@ from gnsfx._torch import WeakIdKeyDictionary
 
 
 class _Walk:
-    """What one walk found. Nothing is kept alive by it."""
+    """Where one walk found what. Nothing is kept alive by it, and no parameter referred to: ``torch.utils.swap_tensors`` takes
+    none that is."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules, parameters, names = [], [], []
-        seen: set[int] = set()
-        stack = [("", model)]
-        while stack:
-            prefix, module = stack.pop()
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            modules.append(module)
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    parameters.append(parameter)
-                    names.append(prefix + name)
-            stack += [(f"{prefix}{name}.", m) for name, m in reversed(module._modules.items()) if m is not None]
-        self.modules, self.parameters = [*map(weakref.ref, modules)], [*map(weakref.ref, parameters)]
-        self.signature = _signature(modules)
-        self.wanted = [parameter.requires_grad for parameter in parameters]
-        self.names = [name for name, wanted in zip(names, self.wanted, strict=True) if wanted]
+        modules, named = [*model.modules()], [*model.named_parameters()]
+        self.modules = [*map(weakref.ref, modules)]
+        self.signature, held = _look(modules)
+        first = {id(parameter): place for place, parameter in reversed([*enumerate(held)])}
+        self.places = [first[id(parameter)] for _, parameter in named]
+        self.wanted = [parameter.requires_grad for _, parameter in named]
+        self.names = [name for name, parameter in named if parameter.requires_grad]
 
     def trainable(self) -> list[nn.Parameter] | None:
-        """The parameters, if a walk would find them again. An id says nothing once its owner is gone."""
+        """The parameters, if a walk would find them again: those that are there now, under the same names."""
         modules = [module for reference in self.modules if (module := reference()) is not None]
-        if len(modules) < len(self.modules) or _signature(modules) != self.signature:
+        if len(modules) < len(self.modules):  # an id says nothing once its owner is gone
             return None
-        parameters = [parameter for reference in self.parameters if (parameter := reference()) is not None]
-        if len(parameters) < len(self.parameters) or [p.requires_grad for p in parameters] != self.wanted:
+        signature, held = _look(modules)
+        if signature != self.signature:
             return None
-        return [p for p, wanted in zip(parameters, self.wanted, strict=True) if wanted]
+        parameters = [held[place] for place in self.places]
+        if [parameter.requires_grad for parameter in parameters] != self.wanted:
+            return None
+        return [parameter for parameter, wanted in zip(parameters, self.wanted, strict=True) if wanted]
 
 
-def _signature(modules: Sequence[nn.Module]) -> list[list[Any]]:
-    """Made by loops that Python does not see: it is asked for in every step."""
+def _look(modules: Sequence[nn.Module]) -> tuple[list[list[Any]], list[Any]]:
+    """Keys and identities, and all parameters that the modules hold. Made by loops that Python does not see: it is asked for in
+    every step."""
     signature: list[list[Any]] = []
-    for dicts in ([m._parameters for m in modules], [m._modules for m in modules]):
+    values: list[list[Any]] = []
+    for dicts in ([m._modules for m in modules], [m._parameters for m in modules]):
         held = list(filter(None, dicts))
+        values.append(list(chain.from_iterable(map(_values, held))))
         signature += (
             list(map(bool, dicts)),
             list(map(len, held)),
             list(chain.from_iterable(held)),
-            list(map(id, chain.from_iterable(map(_values, held)))),
+            list(map(id, values[-1])),
         )
-    return signature
+    return signature, values[-1]
 
 
 _values: Any = operator.methodcaller("values")
@@ -74,7 +69,10 @@ _walks: Any = WeakIdKeyDictionary()  # model -> _Walk
 
 def trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     """Names and parameters, in the order of ``model.named_parameters()``, each parameter once. The list of names is the same
-    object as long as nothing changed."""
+    object as long as nothing changed, unless the model has a ``named_parameters`` of its own: that may go by anything."""
+    if getattr(model.named_parameters, "__func__", None) is not nn.Module.named_parameters:
+        found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return [*found], [*found.values()]
     walk = _walks.get(model)
     parameters = None if walk is None else walk.trainable()
     if walk is None or parameters is None:

@@ -74,7 +74,9 @@ def run(mutation: Mutation) -> None:
 
 
 def caught(mutation: Mutation) -> str | None:
-    """What the test says of the mistake, None if nothing."""
+    """What the test says of the mistake, None if nothing. A test that does not exist raises: it would say something of
+    any code."""
+    find(mutation.test)
     with planted(mutation):
         try:
             run(mutation)
@@ -163,7 +165,7 @@ MUTATIONS = [
              "slice(k * d, k * d + (n - 1) * s + 1, s)", "slice(k, k + (n - 1) * s + 1, s)", MODEL, ("conv2d_depthwise_dilated",)),
     Mutation("contributions in bf16 are rounded before they are summed", "gnsfx.passes.stacks:rounds",
              "return node.meta[\"val\"].dtype in (torch.bfloat16, torch.float16)", "return False",
-             "tests.passes.test_measure:test_bf16_gradients_keep_their_bits", ("materialise",)),
+             "tests.passes.test_measure:test_bf16_gradients_are_as_good_as_plain_ones", ("materialise",)),
     Mutation("squares are summed in the dtype of the model", "gnsfx.passes.emit:accumulate_dtype",
              "torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32", "dtype",
              "tests.passes.test_measure:test_bf16_contributions_are_summed_in_single_precision"),

@@ -18,7 +18,6 @@
 #include "layout.h"
 
 #include <omp.h>
-#include <type_traits>
 
 namespace {
 

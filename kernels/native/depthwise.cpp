@@ -20,7 +20,6 @@
 #include "layout.h"
 
 #include <omp.h>
-#include <type_traits>
 
 namespace {
 
@@ -75,7 +74,6 @@ template <int KH = DOWN, int KW = ACROSS> Taps taps_of(Size down, Size across) {
 }
 
 inline Size pieces(Size total, Size most) { return (total + most - 1) / most; }
-inline Size cut(Size total, Size index, Size pieces) { return total * index / pieces; }
 
 template <class From> class Depthwise {
     const Shape& s;

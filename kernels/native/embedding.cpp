@@ -10,7 +10,6 @@
 #include "layout.h"
 
 #include <omp.h>
-#include <type_traits>
 
 namespace {
 
@@ -20,17 +19,7 @@ struct Rows { // as the caller packs it: sizes, then strides in elements
     Size g_b, g_t, g_d;
 };
 
-constexpr int64_t SKIPPED = -(int64_t(1) << 62);
 constexpr Size ITEMS = 8; // pieces of work where there are fewer examples
-
-template <class From> struct Wide {
-    using T = std::conditional_t<std::is_same_v<From, double>, double, float>;
-    static T of(From value) { return T(value); }
-};
-template <> struct Wide<BFloat16> {
-    using T = float;
-    static T of(BFloat16 value) { return to_float(value); }
-};
 
 // Chains the positions with equal ids: ``first`` position of each chain, the ``next`` of each position or -1. Returns
 // the number of chains.
@@ -59,7 +48,7 @@ Size chain(const Rows& s, const int64_t* ids, Size* first, Size* next) {
 }
 
 template <class From> double norm(const Rows& s, const int64_t* ids, const From* g, Size columns) {
-    using T = typename Wide<From>::T;
+    using T = Accumulated<From>;
     static thread_local Kept<Size> kept_first, kept_next;
     static thread_local Kept<T> kept_row;
     Size *first = kept_first.of(s.T), *next = kept_next.of(s.T);
@@ -71,15 +60,15 @@ template <class From> double norm(const Rows& s, const int64_t* ids, const From*
         T squares = 0;
         if (next[first[c]] < 0 && s.g_d == 1) {
 #pragma omp simd reduction(+ : squares)
-            for (Size d = 0; d < columns; d++) squares += Wide<From>::of(from[d]) * Wide<From>::of(from[d]);
+            for (Size d = 0; d < columns; d++) squares += T(from[d]) * T(from[d]);
         } else {
-            for (Size d = 0; d < columns; d++) row[d] = Wide<From>::of(from[d * s.g_d]);
+            for (Size d = 0; d < columns; d++) row[d] = T(from[d * s.g_d]);
             for (Size t = next[first[c]]; t >= 0; t = next[t]) {
                 from = g + t * s.g_t;
                 if (s.g_d == 1)
-                    for (Size d = 0; d < columns; d++) row[d] += Wide<From>::of(from[d]);
+                    for (Size d = 0; d < columns; d++) row[d] += T(from[d]);
                 else
-                    for (Size d = 0; d < columns; d++) row[d] += Wide<From>::of(from[d * s.g_d]);
+                    for (Size d = 0; d < columns; d++) row[d] += T(from[d * s.g_d]);
             }
 #pragma omp simd reduction(+ : squares)
             for (Size d = 0; d < columns; d++) squares += row[d] * row[d];
@@ -89,7 +78,7 @@ template <class From> double norm(const Rows& s, const int64_t* ids, const From*
     return total;
 }
 
-template <class From> void embedding(const Rows& s, const int64_t* ids, const From* g, typename Wide<From>::T* sq_norms, int threads) {
+template <class From> void embedding(const Rows& s, const int64_t* ids, const From* g, Accumulated<From>* sq_norms, int threads) {
     static thread_local Kept<double> kept;
     const Size pieces = std::clamp<Size>(ITEMS / s.B, 1, s.D); // of the columns
     double* squares = kept.of(s.B * pieces);
@@ -101,7 +90,7 @@ template <class From> void embedding(const Rows& s, const int64_t* ids, const Fr
     for (Size b = 0; b < s.B; b++) {
         double total = 0;
         for (Size piece = 0; piece < pieces; piece++) total += squares[b * pieces + piece];
-        sq_norms[b] = typename Wide<From>::T(total);
+        sq_norms[b] = Accumulated<From>(total);
     }
 }
 
@@ -112,6 +101,6 @@ template <class From> void embedding(const Rows& s, const int64_t* ids, const Fr
 #endif
 
 extern "C" void embedding_sq_norm(const Rows* rows, const int64_t* ids, const GNSFX_ELEMENT* g, void*,
-                                  Wide<GNSFX_ELEMENT>::T* sq_norms, int threads) {
+                                  Accumulated<GNSFX_ELEMENT>* sq_norms, int threads) {
     embedding(*rows, ids, g, sq_norms, threads);
 }

@@ -2,42 +2,18 @@
 
 #pragma once
 
+#include "registers.h"
+
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 namespace {
 
-using Size = int64_t;
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 14; // 28 of the 32 registers hold a tile
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6; // 12 of 16
-#elif defined(__aarch64__)
-constexpr int LANES = 4, ROWS = 12; // 24 of 32
-#else
-constexpr int LANES = 4, ROWS = 6;
-#endif
+constexpr int LANES = VECTOR_BYTES / sizeof(float);
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(BFloat16 value) {
-    const uint32_t wide = uint32_t(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &wide, sizeof result);
-    return result;
-}
 
 inline Vector load(const float* from) {
     Vector result;
@@ -83,23 +59,6 @@ template <int D = LANES / 2> inline void transpose(Vector* rows) {
     if constexpr (D > 1) transpose<D / 2>(rows);
 }
 
-// Memory that a thread keeps from call to call: the pages of a fresh allocation cost more than what is done in them.
-template <class T> class Kept {
-    T* data = nullptr;
-    Size size = 0;
-
-  public:
-    ~Kept() { std::free(data); }
-    T* of(Size wanted) {
-        if (wanted > size) {
-            std::free(data);
-            size = wanted;
-            data = static_cast<T*>(std::aligned_alloc(64, (wanted * sizeof(T) + 63) / 64 * 64));
-        }
-        return data;
-    }
-};
-
 struct Shape { // of a convolution, as the caller packs it
     Size B, R, O, P, Q, C, H, W, KH, KW;
     Size stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -130,7 +89,7 @@ template <class From> void channels_last(float* to, const From* from, Image m, S
                 float* place = inside + h * line + w * across;
                 Size c = 0;
                 for (; c + LANES <= m.channels; c += LANES) store(place + c, load(source + c));
-                for (; c < m.channels; c++) place[c] = to_float(source[c]);
+                for (; c < m.channels; c++) place[c] = float(source[c]);
             }
         return;
     }
@@ -158,13 +117,13 @@ template <class From> void channels_last(float* to, const From* from, Image m, S
         }
         for (Size p = positions; p < m.height * m.width; p++) {
             float* place = inside + p / m.width * line + p % m.width * across;
-            for (Size c = 0; c < done; c++) place[c] = to_float(from[c * m.at_c + p]);
+            for (Size c = 0; c < done; c++) place[c] = float(from[c * m.at_c + p]);
         }
     }
     for (Size c = done; c < m.channels; c++)
         for (Size h = 0; h < m.height; h++)
             for (Size w = 0; w < m.width; w++)
-                inside[h * line + w * across + c] = to_float(from[c * m.at_c + h * m.at_h + w * m.at_w]);
+                inside[h * line + w * across + c] = float(from[c * m.at_c + h * m.at_h + w * m.at_w]);
 }
 
 } // namespace

@@ -14,11 +14,9 @@
 // Threads share nothing, and the order in which numbers are added follows from the shape alone: results do not depend
 // on how many threads there are. Squares are added up in fp32 within one group of columns and in fp64 above it.
 
+#include "registers.h"
+
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
 #include <omp.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -26,19 +24,7 @@
 
 namespace {
 
-using Size = int64_t;
-
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, ROWS = 14; // 28 of the 32 registers hold P
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, ROWS = 6; // 12 of 16
-#elif defined(__aarch64__)
-constexpr int VECTOR_BYTES = 16, ROWS = 12; // 24 of 32
-#else
-constexpr int VECTOR_BYTES = 16, ROWS = 6;
-#endif
 constexpr int PAIR = 2; // vectors side by side in a row of a tile
-constexpr Size SKIPPED = -(Size(1) << 62); // an id that adds nothing
 constexpr Size BLOCK = 384, PART = 56 * ROWS, GROUPS = 64, KEPT = 1 << 18;
 
 template <class T> struct Vectors {
@@ -48,7 +34,7 @@ template <class T> struct Vectors {
 
 // What the panels hold for inputs of type From: numbers of the type that sums have, one row of (b, t) after another.
 template <class From> struct Packing {
-    using T = std::conditional_t<std::is_same_v<From, double>, double, float>;
+    using T = Accumulated<From>;
     using Packed = T;
     static constexpr int TOGETHER = 1;
     using Vector = typename Vectors<T>::Vector;
@@ -61,22 +47,6 @@ template <class From> struct Packing {
 };
 
 #ifdef __AVX512BF16__
-struct BFloat16 {
-    uint16_t bits;
-    BFloat16() = default;
-    explicit operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &wide, sizeof value);
-        return value;
-    }
-    explicit BFloat16(float value) { // to nearest, ties to even
-        uint32_t wide;
-        std::memcpy(&wide, &value, sizeof wide);
-        bits = value == value ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
-    }
-};
-
 // Two rows side by side, as the processor multiplies them: exact products of both, added in fp32.
 template <> struct Packing<BFloat16> {
     using T = float;
@@ -108,25 +78,6 @@ struct Shape { // as the caller packs it: sizes, then strides in elements
 struct Added {
     Size id, at;
 };
-
-// Memory that a thread keeps from call to call: the pages of a fresh allocation cost more than what is done in them.
-template <class T> class Scratch {
-    T* data = nullptr;
-    Size size = 0;
-
-  public:
-    ~Scratch() { std::free(data); }
-    T* of(Size wanted) {
-        if (wanted > size) {
-            std::free(data);
-            size = wanted;
-            data = static_cast<T*>(std::aligned_alloc(64, (wanted * sizeof(T) + 63) / 64 * 64));
-        }
-        return data;
-    }
-};
-
-inline Size cut(Size total, Size index, Size pieces) { return total * index / pieces; }
 
 // Rows of a factor that one row of a panel holds: the second one only where two go together, and not behind the last.
 template <class From> struct Rows {
@@ -317,11 +268,11 @@ template <class From> class Product {
 
     void run(T* sq_norms, int threads) {
         const Size items = s.E * parts * groups;
-        static thread_local Scratch<double> kept;
+        static thread_local Kept<double> kept;
         squares = kept.of(items * s.B);
         std::fill(squares, squares + items * s.B, 0.0);
         if (s.ids) {
-            static thread_local Scratch<Added> sorted;
+            static thread_local Kept<Added> sorted;
             added = sorted.of(s.B * (s.S + 1));
         }
         Size outside = 0;
@@ -348,7 +299,7 @@ template <class From> class Product {
   private:
     // The ids of one example in order, byte by byte. Those that are no row of the table are put behind all, counted.
     Size sort(Size b) {
-        static thread_local Scratch<Added> buffer;
+        static thread_local Kept<Added> buffer;
         Added *from = buffer.of(s.S), *to = added + b * (s.S + 1), *const result = to;
         Size outside = 0, passes = 1;
         while (passes < 8 && s.I >> 8 * passes) passes++;
@@ -371,9 +322,9 @@ template <class From> class Product {
 
     // All examples of the items from ``start`` to ``stop``, which share one part of x.
     void sweep(Size start, Size stop) {
-        static thread_local Scratch<Packed> packed_x, packed_g;
-        static thread_local Scratch<T> spills, lanes, kept;
-        static thread_local Scratch<const Added*> cursors;
+        static thread_local Kept<Packed> packed_x, packed_g;
+        static thread_local Kept<T> spills, lanes, kept;
+        static thread_local Kept<const Added*> cursors;
         const Size part = start / groups, e = part / parts;
         const Size i0 = cut(s.I, part % parts, parts), width = cut(s.I, part % parts + 1, parts) - i0;
         const Size first_panel = first_of(start), last_panel = first_of(stop - 1, 1);

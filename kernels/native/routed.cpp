@@ -51,7 +51,7 @@ template <class From> void add_pairs(const From* const* a, const From* const* b,
     for (Size i = 0; i < m; i++)
         for (Size j = 0; j < n; j++) {
             float rest = sum(P[i][j]);
-            for (Size l = k; l < columns; l++) rest += to_float(a[i][l]) * to_float(b[j][l]);
+            for (Size l = k; l < columns; l++) rest += float(a[i][l]) * float(b[j][l]);
             gram[i * t + j] += rest;
         }
 }
@@ -112,7 +112,7 @@ float tile(const float* x, const float* g, Size t, Size rows, Size columns) {
 template <class From> void pack(float* to, const From* rows, Size step, const Size* order, Size t, Size valid, Size width) {
     for (Size k = 0; k < t; k++, to += width) {
         const From* row = rows + order[k] * step;
-        for (Size i = 0; i < valid; i++) to[i] = to_float(row[i]);
+        for (Size i = 0; i < valid; i++) to[i] = float(row[i]);
         std::fill(to + valid, to + width, 0.0f);
     }
 }

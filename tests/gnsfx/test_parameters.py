@@ -28,3 +28,28 @@ def test_after_a_change(change):
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert names == [*expected] and all(a is b for a, b in zip(parameters, expected.values(), strict=True))
     assert (names is before) == (change == "nothing")
+
+
+class Renaming(nn.Sequential):
+    def named_parameters(self, *args, **kwargs):
+        return ((f"other.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
+
+
+@pytest.mark.parametrize("own", ["class", "instance"])
+def test_names_of_its_own(own):
+    model = (Renaming if own == "class" else nn.Sequential)(nn.Linear(3, 3), nn.Linear(3, 3))
+    if own == "instance":
+        model.named_parameters = lambda: [("weight", model[0].weight)]
+    for _ in range(2):
+        names, parameters = trainable(model)
+        assert names == [name for name, _ in model.named_parameters()]
+        assert all(a is b for a, (_, b) in zip(parameters, model.named_parameters(), strict=True))
+
+
+def test_parameters_may_be_swapped(monkeypatch):
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    trainable(model)
+    model.double()
+    names, parameters = trainable(model)
+    assert names == [name for name, _ in model.named_parameters()] and parameters[0].dtype == torch.float64

@@ -63,7 +63,9 @@ def test_symbolic_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", MATMULS[::6])
 def test_paths_that_never_make_the_contributions_have_none(name: str) -> None:
-    assert "materialise" not in compare(name, **{"gns.path": "ghost"})
+    found = compare(name, **{"gns.path": "ghost"})
+    assert "materialise" not in found
+    assert "ghost" not in found or "outer" in compare(name), "only outer products are known without a stack"
 
 
 def test_every_kind_of_path_is_among_them() -> None:
