@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gnsfx._torch import WeakIdKeyDictionary, detect_fake_mode, never_trace
 from gnsfx._torch_distributed import active_wrapper
+from gnsfx.capture import Capture
 from gnsfx.draws import draw_seed
 from gnsfx.eager_code import STATES, moved_rows
 from gnsfx.leaves import Collector, entries_row
@@ -74,38 +75,27 @@ def producers(tensor: Tensor) -> list[Collector]:
 class Collectors:
     """The collectors of one graph, one for each tuple of parameters it was called with."""
 
-    def __init__(
-        self,
-        graph: Any,
-        slots: Sequence[int],
-        parameters: Sequence[nn.Parameter],
-        count: Callable[[Callable[[int], Sequence[Any]]], Any],
-        assumed: frozenset[int],
-        per_example: bool,
-        device: torch.device,
-        elementwise: Sequence[tuple[int, int]],
-        unselected: Sequence[int] = (),
-        budgeted: bool = False,
-    ) -> None:
-        """``count``: the number of examples, given the shapes of the inputs. ``assumed``: inputs whose dimension 0 is taken for
-        the examples, and is if no eager code moved its rows. ``elementwise``: inputs with squares of their own for each of so
-        many numbers."""
-        self._assumed = assumed
-        self._graph, self._slots, self._unselected, self._count = graph, tuple(slots), tuple(unselected), count
+    def __init__(self, graph: Any, capture: Capture, inputs: Sequence[Any]) -> None:
+        """``inputs``: those that the graph is compiled for."""
+        self._graph, self._plan, self._assumed = graph, capture.plan, capture.assumed
+        self._slots = capture.plan.slots
+        elementwise = capture.plan.elementwise
         starts = itertools.accumulate((n for _, n in elementwise), initial=0)
         self._spans = {
             self._slots.index(i): slice(start, start + n) for (i, n), start in zip(elementwise, starts, strict=False)
         }
-        self._per_example = per_example and bool(slots)
+        self._per_example = capture.plan.per_example and bool(self._slots)
+        self._budgeted = capture.plan.budget is not None
+        parameters = [inputs[i] for i in self._slots]
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
-        self._device = parameters[0].device if parameters else device
+        trained = (v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
+        self._device = next((v.device for v in (*parameters, *trained)), torch.device("cpu"))
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
+        self._all_slots = (*self._slots, *capture.unselected)
         # a graph without parameters has one collector
-        self._without = {} if not parameters and not unselected else None
-        self._all_slots = (*self._slots, *self._unselected)
+        self._without = None if self._all_slots else {}
         self._inputs: list[int] | None = None  # all others
-        self._budgeted = budgeted
 
     def call(self, args: Sequence[Any]) -> Call:
         all_of_them = [args[i] for i in self._all_slots]
@@ -123,13 +113,7 @@ class Collectors:
             collector.wrapper = weakref.ref(wrapper)
         per_example, examples = None, self._examples(args)
         if self._per_example:
-            per_example = torch.zeros(
-                len(self._slots),
-                1 if examples is None else examples,
-                dtype=self._dtype,
-                device=self._device,
-                requires_grad=True,
-            )
+            per_example = self._row_per_slot(examples)
         moved = None
         if self._inputs is None:
             self._inputs = sorted({*range(len(args))} - {*self._all_slots})  # parameters come from no graph
@@ -149,27 +133,22 @@ class Collectors:
         return 3 if self._budgeted else 2
 
     def _examples(self, inputs: Sequence[Any]) -> Any:
-        return self._count(lambda i: inputs[i].shape)
+        return self._plan.count(lambda i: inputs[i].shape)
+
+    def _row_per_slot(self, examples: Any) -> Tensor:
+        """A leaf for the norms of single examples."""
+        size = 1 if examples is None else examples
+        return torch.zeros(len(self._slots), size, dtype=self._dtype, device=self._device, requires_grad=True)
 
     def fake_leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Leaves for the compiler: (n, B), and static ones, whose length would turn symbolic with a dynamic batch."""
         mode = detect_fake_mode(list(inputs))
-        n = len(self._slots)
         assert mode is not None
-        leaf = torch.zeros(self._rows, n + 1, dtype=self._dtype, device=self._device, requires_grad=True)
+        leaf = torch.zeros(self._rows, len(self._slots) + 1, dtype=self._dtype, device=self._device, requires_grad=True)
         leaves: list[Tensor] = [mode.from_tensor(leaf, static_shapes=True)]
         if self._per_example:
-            examples = self._examples(inputs)
             with mode:
-                leaves.append(
-                    torch.zeros(
-                        n,
-                        1 if examples is None else examples,
-                        dtype=self._dtype,
-                        device=self._device,
-                        requires_grad=True,
-                    )
-                )
+                leaves.append(self._row_per_slot(self._examples(inputs)))
         if (entries := entries_row(self._spans, self._dtype, self._device)) is not None:
             leaves.append(mode.from_tensor(entries, static_shapes=True))
         if self._budgeted:

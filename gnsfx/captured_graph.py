@@ -49,18 +49,7 @@ class CapturedGraph:
         # graph -> {(input, output): whether the examples are where they were}
         self._places: Any = weakref.WeakKeyDictionary()
         self._outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.collectors = Collectors(
-            self,
-            capture.plan.slots,
-            [inputs[i] for i in capture.plan.slots],
-            capture.plan.count,
-            capture.assumed,
-            options.per_example,
-            next((v.device for v in inputs if isinstance(v, Tensor) and v.requires_grad), torch.device("cpu")),
-            capture.plan.elementwise,
-            capture.unselected,
-            capture.plan.seed is not None,
-        )
+        self.collectors = Collectors(self, capture, inputs)
         self._leaves = [f"gns_leaf_{i}" for i in range(capture.plan.leaves)]
         self._seed = ["gns_seed"] if capture.plan.seed is not None else []
 

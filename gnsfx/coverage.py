@@ -100,6 +100,13 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(_row(name, parameter, everything, hint, in_run) for name, parameter in model.named_parameters())
 
 
+def count_estimated(model: nn.Module) -> int:
+    """How many parameters are estimated. Without ``gns.budget`` that is none, and no graph is asked."""
+    if all(owner.graph.capture.plan.budget is None for owner in diagnosis.compiled(model)):
+        return 0
+    return coverage(model).counts().get("estimated", 0)
+
+
 def _row(name: str, parameter: nn.Parameter, everything: str | None, hint: str, in_run: InRun) -> Row:
     shape = tuple(parameter.shape)
     if not parameter.requires_grad:

@@ -35,10 +35,12 @@ def diagnose(model: nn.Module) -> str | None:
     if collectors:
         if arrived:
             return "the gradients were zeroed after the last backward pass. Read before optimizer.zero_grad(), right after loss.backward()."
-        if any(c.taken for c in collectors) and not gone:
+        arrived_last = all(c.begun == c.accumulated for c in collectors)  # not so after torch.autograd.grad
+        if any(c.taken for c in collectors) and (arrived_last or not gone):
             return (
                 "no backward pass was measured since noise.step() took the last one. Call it once per step, after the last "
-                "loss.backward(); one NoiseScale takes all that a graph measured: for parts of a model, read by_group() of one."
+                "loss.backward(), and read norms before it; one NoiseScale takes all that a graph measured: for parts of a "
+                "model, read by_group() of one."
             )
         if any(c.begun >= 0 for c in collectors):
             return (

@@ -28,9 +28,8 @@ from gnsfx.explain import options_of
 from gnsfx.passes.state import Batched
 from gnsfx.replay import PASS_LOSS, Tape, Taped
 from gnsfx.unchanged import unchanged
+from gnsfx.weighed import Grads, weigh
 
-Grads = list[Tensor | None]
-"""One entry per trainable parameter; None where no gradient reaches it."""
 Tangents = Sequence[Tensor | None]
 """One entry per differentiable tensor of the model's output; None where the loss does not use it."""
 
@@ -213,7 +212,7 @@ class Problem:
                 contributions = [] if alone else [self._pull(outputs, part) for part in self._parts(measured)]
             if alone:
                 contributions = [self._alone(compiled, tape, b, measured.examples) for b in range(measured.examples)]
-        return Truth(_weigh(contributions, whole, self.least) if alone else contributions, whole)
+        return Truth(weigh(contributions, whole, self.least) if alone else contributions, whole)
 
     def _pull(self, outputs: list[Tensor], tangents: Tangents) -> Grads:
         used = [(o, t) for o, t in zip(outputs, tangents, strict=True) if t is not None]
@@ -311,51 +310,3 @@ def _only(tangent: Tensor, dim: int, b: int, B: int) -> Tensor:
     found = torch.zeros_like(tangent)
     found.narrow(dim, b * each, each).copy_(tangent.narrow(dim, b * each, each))
     return found
-
-
-# ------------------------------------------------------------------------------------------------ weights of examples
-
-
-def _weigh(alone: list[Grads], whole: Grads, dtype: torch.dtype) -> list[Grads]:
-    """w_b g_b for gradients g_b of examples that ran alone, with sum_b w_b g_b = the gradient of the batch."""
-    B = len(alone)
-    columns = torch.stack([_flat(g, whole) for g in alone], 1)
-    target = _flat(whole, whole)
-    scale = float(target.norm()) or 1.0
-    bound = 10 * torch.finfo(dtype).eps ** 0.5
-    ones = torch.ones(B, dtype=columns.dtype)
-
-    def residual(weights: Tensor) -> float:
-        return float((columns @ weights - target).norm()) / scale
-
-    candidates = [ones / B, ones]
-    weights = min(candidates, key=residual)
-    if not residual(weights) <= bound:
-        solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd")
-        weights = solution.solution[:, 0]
-        if not residual(weights) <= bound:
-            raise GnsError(
-                "the loss is computed inside the model, and the gradient of the batch is no weighted sum of the gradients of its examples "
-                f"run alone (relative residual {residual(weights):.1e}): examples interact, draw other random numbers, or the batch "
-                f"dimension of an input is not the first. {PASS_LOSS}"
-            )
-        present = int((columns.norm(dim=0) > 0).sum())
-        if int(solution.rank) < present:
-            raise GnsError(
-                "the loss is computed inside the model, and the gradients of its examples are linearly dependent, so their weights in the "
-                f"loss cannot be told apart. {PASS_LOSS}"
-            )
-    return [[None if g is None else g * float(w) for g in grads] for grads, w in zip(alone, weights, strict=True)]
-
-
-def _flat(grads: Grads, like: Grads) -> Tensor:
-    parts = [(g if g is not None else torch.zeros_like(t)) for g, t in zip(grads, like, strict=True) if t is not None]
-    return torch.cat([_real(p).reshape(-1).to("cpu", torch.float64) for p in parts])
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def square(grad: Tensor | None) -> Tensor:
-    return torch.zeros((), dtype=torch.float64) if grad is None else _real(grad).to(torch.float64).square().sum().cpu()

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from gnsfx.coverage import Row, align, footnote
 from gnsfx.errors import GnsError, VerificationError
-from gnsfx.truth import Measured, Problem, square
+from gnsfx.truth import Measured, Problem
+from gnsfx.weighed import square
 
 TERMS = 2**20
 HALVES = (torch.bfloat16, torch.float16)

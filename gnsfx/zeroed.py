@@ -80,9 +80,8 @@ def clear_zeroed(collector: Collector, slots: list[int]) -> None:
     norms = torch._foreach_norm(grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
     zeroed = torch.stack([n.to(torch.float32) for n in norms]) == 0
     holders = {c for s, _ in live for c, _ in collector.tracked[s].collectors}
-    if any(c.refused or c.per_example or c._backwards for c in holders) or any(
-        collector.tracked[s].parts & ~MEASURED for s, _ in live
-    ):  # host state must follow: these cost a synchronisation
+    on_host = any(c.refused or c.per_example or c._backwards for c in holders)
+    if on_host or any(collector.tracked[s].parts & ~MEASURED for s, _ in live):  # must follow, by a synchronisation
         gone: dict[Collector, list[int]] = {}
         for (slot, _), zero in zip(live, zeroed.tolist(), strict=True):
             if zero:

@@ -10,7 +10,9 @@ traced again to know what they did.
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
+
+from torch.fx import Node
 
 from gnsfx._torch import size_hint
 from gnsfx.passes.pipeline import Report
@@ -36,17 +38,9 @@ def unpack(kept: bytes) -> Report:
 
 
 def _record(record: Record) -> Record:
-    return Record(
-        record.slot,
-        tuple(size_hint(s) for s in record.shape),
-        record.status,
-        record.operation,
-        record.path,
-        record.reason,
-        dict(record.costs),
-        record.extra,
-        condition=record.condition,
-    )
+    nodes = {f.name: None for f in fields(record) if isinstance(getattr(record, f.name), Node)}
+    shape = tuple(size_hint(s) for s in record.shape)
+    return replace(record, shape=shape, costs=dict(record.costs), work=None, **nodes)
 
 
 def _result(state: State | tuple | None) -> State | None:

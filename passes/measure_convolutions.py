@@ -71,8 +71,7 @@ class Convolutions:
         if g.meta["val"].dim() != 4 or not g.meta["val"].is_cpu:
             return g
         with self.emit.at(backward):
-            own = self.emit(
-                aten.mul.Tensor, g, 1
-            )  # Inductor drops a clone, and then copies what two ops read as a view
+            # Inductor drops a clone, and then copies what two ops read as a view.
+            own = self.emit(aten.mul.Tensor, g, 1)
             own.meta["val"] = own.meta["val"].contiguous(memory_format=torch.channels_last)
             return own

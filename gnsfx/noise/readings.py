@@ -7,7 +7,7 @@ import warnings
 
 from torch import nn
 
-from gnsfx.coverage import coverage
+from gnsfx.coverage import count_estimated
 from gnsfx.errors import GnsWarning, OptionError
 from gnsfx.noise.diagnostics import NOTES, messages
 from gnsfx.noise.full_steps import FullSteps
@@ -179,7 +179,7 @@ class Readings:
         reading = self._read()
         lines = [table([*self.by_group(grouping).items(), (TOTAL, reading.total)])]
         lines.append(f"B_simple in examples. {reading.describe()}")
-        if estimated := sum(row.status == "estimated" for row in coverage(self.model)):
+        if estimated := count_estimated(self.model):
             lines.append(
                 f"{estimated} parameters are estimated, without bias (gns.budget); gnsfx.coverage(model) names them."
             )

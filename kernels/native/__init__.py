@@ -70,13 +70,8 @@ class _Dispatch(_Library):
             if not library.take_over():
                 library.use.argtypes, library.use.restype = [ctypes.c_int, ctypes.c_void_p], None
                 self._library = library
-        except (
-            subprocess.CalledProcessError,
-            OSError,
-            RuntimeError,
-            AttributeError,
-        ):  # a PyTorch without the interface
-            pass
+        except (subprocess.CalledProcessError, OSError, RuntimeError, AttributeError):
+            pass  # no compiler, or a PyTorch without the interface
 
 
 _dispatch: _Dispatch | None = None
@@ -119,13 +114,9 @@ def function(source: str, name: str, dtype: torch.dtype) -> Any:
         if found is not None:
             found.argtypes, found.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int], None
         _functions[name, dtype] = found
-        if (
-            name == "mm_sq_norm"
-            and found is not None
-            and _dispatch is not None
-            and (ops := _dispatch.wait()) is not None
-        ):
-            ops.use(list(_DEFINES).index(dtype), found)
+        dispatch = _dispatch.wait() if name == "mm_sq_norm" and found is not None and _dispatch is not None else None
+        if dispatch is not None:
+            dispatch.use(list(_DEFINES).index(dtype), found)
     return _functions[name, dtype]
 
 

@@ -82,7 +82,7 @@ template <class From> double by_pairs(const Routed& s, const Segment<From>& segm
         for (Size j = i + 1; j < t; j++) beside += double(x[i * t + j]) * g[i * t + j];
         total += double(x[i * t + i]) * g[i * t + i] + 2 * beside;
     }
-    return total;
+    return total > 0 || total != total ? total : 0; // the sum cancels where the rows of a factor do; NaN stays
 }
 
 // The sum of squares of x^T g [ROWS, WIDTH], of which the first entries are valid; panels [t, ROWS] and [t, WIDTH].

@@ -96,9 +96,7 @@ def _all(op: Op, state: State) -> State | tuple[State, ...]:
 
 def _result(op: Op, found: Batched, shape: tuple, core: int, rank: int) -> State:
     dim = found.dim + len(shape) - core - rank
-    if (
-        dim < 0 or shape == (0,) or known(shape[dim] == 1)
-    ):  # a factor of the argument that does not depend on the example
+    if dim < 0 or shape == (0,) or known(shape[dim] == 1):  # a factor that does not depend on the example
         return Shared()
     fits = known(shape[dim] == rows(found, op.examples))
     return found.at(dim) if fits else op.mixed("the batch dimension is broadcast against another dimension")

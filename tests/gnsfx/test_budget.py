@@ -135,6 +135,14 @@ def test_never_by_default(model: nn.Module) -> None:
     assert collector.totals(model).variances is None
 
 
+def test_a_summary_without_a_budget_asks_no_graph(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    oracle.run(compile(model, budget=None), batch())
+    noise = gnsfx.NoiseScale(model)
+    noise.step()
+    monkeypatch.setattr("gnsfx.diagnosis.refused_in_run", lambda _: pytest.fail("it may wait for the device"))
+    assert "estimated" not in noise.summary()
+
+
 def test_fresh_in_each_step_and_the_same_in_each_run(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
     estimate_all(monkeypatch, 4, 2)
     compiled, call = compile(model), batch()

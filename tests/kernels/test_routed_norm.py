@@ -99,6 +99,18 @@ def test_long_segments(shape: tuple[int, ...], dtype: Any, native_code: bool, mo
     torch.testing.assert_close(flat, found, rtol=8 * u, atol=0)
 
 
+def test_rows_that_cancel_have_no_negative_norm() -> None:
+    """One row of x for all, rows of g that sum to zero: the terms of the Grams cancel but for their rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, generator=generator).expand(1, 6 * 200, 64)
+    g = torch.randn(200, 6, 64, generator=generator)
+    g[:, 5] = -g[:, :5].sum(1)
+    found = gns.routed_sq_norm(x, g.view(1, -1, 64), None, *pack(torch.arange(200).repeat_interleave(6), 200))
+    assert (found >= 0).all()
+    # six roundings of terms that are at most 6 sum |g|^2 |x|^2 together
+    assert (found <= 6 * 6 * torch.finfo(torch.float32).eps * x[0, 0].square().sum() * g.square().sum((1, 2))).all()
+
+
 @pytest.mark.parametrize("value", (float("inf"), float("nan")))
 @pytest.mark.parametrize("sizes", ((60, 70), (3, 37)), ids=("pairs", "products"))
 @pytest.mark.parametrize("factor", (0, 1))
@@ -164,11 +176,9 @@ def test_documents_apart() -> None:
     assert crosses(zero, [1], [2], False, ids, 2)
     assert crosses(torch.ones(1, 1, 3, 3, dtype=torch.bool).tril(), [2], [3], True, ids, 2)
     scores = torch.full((2, 1, 3, 3), -1e9)
-    assert crosses(
-        scores, [0, 2], [0, 3], True, torch.tensor([0, 0, 1, 2, 3, 3]), 4
-    )  # shut everywhere is open to all alike
-    scores.diagonal(dim1=2, dim2=3).zero_()
     both = torch.tensor([[0, 0, 1], [2, 3, 3]]).flatten()
+    assert crosses(scores, [0, 2], [0, 3], True, both, 4)  # shut everywhere is open to all alike
+    scores.diagonal(dim1=2, dim2=3).zero_()
     assert not crosses(scores, [0, 2], [0, 3], True, both, 4)
     scores[1, 0, 2, 0] = 0.0
     assert crosses(scores, [0, 2], [0, 3], True, both, 4)

@@ -150,9 +150,8 @@ def begin(d: Draft, rng: random.Random) -> Value:
 
 def further(d: Draft, v: Value) -> Value:
     """One step that applies and keeps the value small."""
-    rates, steps = zip(
-        *sorted(STEPS, key=lambda entry: entry[1].__name__), strict=True
-    )  # whatever the order of imports
+    by_name = sorted(STEPS, key=lambda entry: entry[1].__name__)  # whatever the order of imports
+    rates, steps = zip(*by_name, strict=True)
     for _ in range(40):
         state = len(d.init), len(d.body), len(d.values), len(d.inputs), len(d.tables), dict(d.made)
         found = d.rng.choices(steps, rates)[0](d, v)

@@ -215,11 +215,19 @@ def test_zeroed_gradients_are_of_no_earlier_step(model, zero):
     assert noise.tr_sigma > 0  # warnings are errors here
 
 
-def test_a_second_step_says_that_the_first_took_everything(model):
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_second_step_says_that_the_first_took_everything(model, zeroed):
     compiled, noise, other = compiled_as(model), NoiseScale(model), NoiseScale(model)
     backward(compiled, 0)
     noise.step()
+    if zeroed:
+        model.zero_grad()
     with pytest.raises(NotMeasuredError, match=r"since noise\.step\(\) took the last one\. Call it once per step"):
+        other.step()
+    model.zero_grad()
+    x, y = data(8, 0)
+    torch.autograd.grad(nn.functional.mse_loss(compiled(x), y), [*model.parameters()])
+    with pytest.raises(NotMeasuredError, match=r"torch\.autograd\.grad and backward\(inputs=\.\.\.\) fill no \.grad"):
         other.step()
 
 
