@@ -172,8 +172,21 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_keep(parser: argparse.ArgumentParser) -> None:
+def add_models(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Which models, how large, and what becomes of those that are not among them."""
+    every = list(names)
+    parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME")
+    parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--keep", action="store_true", help="keep what OUT.json says about other models")
+
+
+def add_inner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="eager: for tests")
+
+
+def add_child(parser: argparse.ArgumentParser) -> None:
+    """What a process of its own is to do, as JSON."""
+    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def save(

@@ -13,7 +13,6 @@ layer more costs from one depth to the next: it stays the same where compile tim
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -98,14 +97,12 @@ COLUMNS: tuple[common.Column, ...] = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", choices=models.MODELS, default=list(models.MODELS), metavar="NAME")
+    common.add_models(parser, models.MODELS)
     parser.add_argument("--depths", nargs="+", type=int, help="layers of narrow GPTs, in place of the models")
     parser.add_argument("--variants", nargs="+", choices=OURS, default=["all", "norm"])
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="default %(default)s")
-    parser.add_argument("--small", action="store_true", help="tiny models")
-    common.add_keep(parser)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    common.add_inner(parser)
+    common.add_child(parser)
     args = parser.parse_args(argv)
     if args.child:
         job = json.loads(args.child)

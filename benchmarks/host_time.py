@@ -1,7 +1,7 @@
 """What a measured step costs on the host, whatever the device does: microseconds of our own Python, and torch operations.
 
     python benchmarks/host_time.py
-    python benchmarks/host_time.py --parameters 60 300 1000 --optimizer --json host_time.json
+    python benchmarks/host_time.py --parameters 60 300 1000 --optimizer --out host_time
 
 forward: from the call of a compiled graph to its inner callable and back. hooks: of autograd, at the graph and at every
 parameter. step: noise.step(), with the averages that it brings up to date at each 16th. The model is made of tiny layers, so
@@ -10,10 +10,10 @@ that nothing else is there to see. Operations are dispatched ones that are no vi
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ import gnsfx
 from gnsfx.compiled_graph import CompiledGraph
 from gnsfx.leaves import Collector
 from gnsfx.tracked import Tracked
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import common
 
 WIDTH = 8
 STEPS = 64  # a multiple of those that the averages take in at once
@@ -116,29 +119,39 @@ def measure(clock: Clock, parameters: int, params: str, with_optimizer: bool) ->
     return row | {"total_us": sum(row[f"{part}_us"] for part in PARTS)}
 
 
+def _number(name: str) -> Callable[[common.Row], str]:
+    return lambda row: f"{row[name]:.0f}" if name.endswith("us") else f"{row[name]:.1f}"
+
+
+COLUMNS: tuple[common.Column, ...] = (
+    ("parameters", lambda row: str(row["parameters"])),
+    ("measured", lambda row: row["params"]),
+    ("optimizer", lambda row: "yes" if row["optimizer"] else "no"),
+    *(column for p in PARTS for column in ((f"{p} us", _number(f"{p}_us")), ("ops", _number(f"{p}_operations")))),
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    assert __doc__
+    parser = common.parser_of(__doc__)
     parser.add_argument("--parameters", type=int, nargs="+", default=[60, 300, 1000], help="default %(default)s")
     parser.add_argument("--params", nargs="+", choices=("all", "norm"), default=["norm", "all"])
     parser.add_argument("--optimizer", action="store_true", help="also with NoiseScale(optimizer=)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     clock = Clock()
     clock_inner(clock)
     cases = [(n, p, False) for n in args.parameters for p in args.params]
     cases += [(n, "all", True) for n in args.parameters if args.optimizer]
     rows = [measure(clock, *case) for case in cases]
-    print(
-        f"{'parameters':>10} {'measured':>9} {'optimizer':>9}" + "".join(f"{part:>9} us {'ops':>6}" for part in PARTS)
-    )
-    for row in rows:
-        parts = "".join(f"{row[f'{part}_us']:12.0f} {row[f'{part}_operations']:6.1f}" for part in PARTS)
-        print(f"{row['parameters']:>10} {row['params']:>9} {'yes' if row['optimizer'] else 'no':>9}{parts}")
-    print(
-        f"gnsfx {gnsfx.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {STEPS} steps each"
-    )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    print(common.text_table(COLUMNS, rows))
+    about = f"gnsfx {gnsfx.__version__}, {STEPS} steps each"
+    print(about)
+    if args.out:
+        record = {"schema": "gnsfx.host_time/1", "settings": common.settings(args), "machine": common.machine()}
+        text = f"{__doc__[__doc__.index('forward:') :]}\n{about}"
+        common.save(args.out, "Host time", text, COLUMNS, rows, record)
 
 
 def clock_inner(clock: Clock) -> None:

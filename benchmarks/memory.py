@@ -18,7 +18,6 @@ Every variant runs in a fresh process: a few steps to compile and to make the op
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -152,15 +151,13 @@ COLUMNS: tuple[common.Column, ...] = (
 def main(argv: Sequence[str] | None = None) -> None:
     assert __doc__
     parser = common.parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", choices=models.MODELS, default=list(models.MODELS), metavar="NAME")
+    common.add_models(parser, models.MODELS)
     parser.add_argument("--variants", nargs="+", choices=[*OURS, EAGER, *peers.NAMES], default=[EAGER, *OURS])
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="default: none")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB a peer may hold for norms; default %(default)s")
-    parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="for tests")
-    parser.add_argument("--small", action="store_true", help="tiny models")
-    common.add_keep(parser)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    common.add_inner(parser)
+    common.add_child(parser)
     args = parser.parse_args(argv)
     if args.child:
         return print(json.dumps(child(json.loads(args.child))))

@@ -8,20 +8,16 @@ example counts the same, so example b contributes the mean of its own losses ove
 
 from __future__ import annotations
 
+import inspect
 import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from train_gpt import GPT
 
 ALIKE = {"inductor": "inductor", "eager": "aot_eager"}  # gns.inner -> the backend it is compared with
 
@@ -67,16 +63,6 @@ def losses_of(outputs: Tensor, targets: Tensor) -> Tensor:
     """[B]: the loss of every example, the mean over its targets."""
     losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view(len(targets), -1).mean(1)
-
-
-class DemoGPT(GPT):
-    """The model of ``examples/train_gpt.py``, up to its loss."""
-
-    def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
 
 
 class SwiGLU(nn.Module):
@@ -142,10 +128,12 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
 
-class ViTBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class Block(nn.Module):
+    """Of a ViT, or, ``causal``, of GPT-2."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm_1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -153,7 +141,7 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm_2(x))
 
@@ -166,7 +154,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
-        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,6 +211,8 @@ def image_batch(batch: int, image: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def make_gpt(batch: int, context: int, width: int, layers: int, heads: int, vocabulary: int):
+    from benchmarks.demo import DemoGPT
+
     return DemoGPT(vocabulary, context, width, layers, heads), token_batch(batch, context, vocabulary)
 
 
@@ -252,44 +242,30 @@ class Recipe:
     small: dict[str, int]
 
 
+def recipe(
+    about: str, make: Callable[..., tuple[nn.Module, tuple[Tensor, Tensor]]], size: Sequence[int], small: Sequence[int]
+) -> Recipe:
+    """With sizes in the order of the parameters of ``make``."""
+    names = list(inspect.signature(make).parameters)
+    return Recipe(about, make, dict(zip(names, size, strict=True)), dict(zip(names, small, strict=True)))
+
+
 MODELS = {
-    "demo": Recipe(
-        "the GPT of the demo, head tied",
-        make_gpt,
-        {"batch": 16, "context": 64, "width": 128, "layers": 5, "heads": 4, "vocabulary": 103},
-        {"batch": 4, "context": 8, "width": 16, "layers": 1, "heads": 2, "vocabulary": 11},
+    "demo": recipe("the GPT of the demo, head tied", make_gpt, (16, 64, 128, 5, 4, 103), (4, 8, 16, 1, 2, 11)),
+    "gpt768": recipe(
+        "GPT blocks as wide as those of GPT-2, head tied", make_gpt, (4, 128, 768, 2, 12, 4096), (3, 8, 32, 1, 2, 17)
     ),
-    "gpt768": Recipe(
-        "GPT blocks as wide as those of GPT-2, head tied",
-        make_gpt,
-        {"batch": 4, "context": 128, "width": 768, "layers": 2, "heads": 12, "vocabulary": 4096},
-        {"batch": 3, "context": 8, "width": 32, "layers": 1, "heads": 2, "vocabulary": 17},
-    ),
-    "llama": Recipe(
+    "llama": recipe(
         "RMSNorm, SwiGLU, rotary positions, no biases, head not tied",
-        make_llama,
-        {"batch": 8, "context": 128, "width": 256, "hidden": 688, "layers": 4, "heads": 4, "vocabulary": 1000},
-        {"batch": 4, "context": 8, "width": 16, "hidden": 24, "layers": 1, "heads": 2, "vocabulary": 11},
+        make_llama, (8, 128, 256, 688, 4, 4, 1000), (4, 8, 16, 24, 1, 2, 11),
     ),
-    "vit": Recipe(
+    "vit": recipe(
         "patches by a convolution, class token, learned positions",
-        make_vit,
-        {"batch": 32, "image": 64, "patch": 8, "width": 192, "layers": 4, "heads": 3, "classes": 100},
-        {"batch": 4, "image": 8, "patch": 4, "width": 16, "layers": 1, "heads": 2, "classes": 5},
+        make_vit, (32, 64, 8, 192, 4, 3, 100), (4, 8, 4, 16, 1, 2, 5),
     ),
-    "convnet": Recipe(
-        "a ResNet with GroupNorm",
-        make_convnet,
-        {"batch": 32, "image": 32, "width": 32, "stages": 3, "layers": 1, "classes": 10},
-        {"batch": 4, "image": 8, "width": 8, "stages": 2, "layers": 1, "classes": 5},
-    ),
-    "mlp": Recipe(
-        "linear layers and GELU, a large batch",
-        make_mlp,
-        {"batch": 1024, "features": 784, "width": 1024, "layers": 3, "classes": 10},
-        {"batch": 8, "features": 6, "width": 8, "layers": 2, "classes": 3},
-    ),
-}
+    "convnet": recipe("a ResNet with GroupNorm", make_convnet, (32, 32, 32, 3, 1, 10), (4, 8, 8, 2, 1, 5)),
+    "mlp": recipe("linear layers and GELU, a large batch", make_mlp, (1024, 784, 1024, 3, 10), (8, 6, 8, 2, 3)),
+}  # fmt: skip
 
 
 def build(

@@ -29,7 +29,7 @@ SERIES = {
     "width": (64, 128, 256, 512, 768),
     "layers": (1, 2, 4, 8, 16),
 }
-LEAST = {"batch": 4, "context": 8, "width": 16, "layers": 1, "heads": 2, "vocabulary": 11}  # for tests
+LEAST = models.MODELS["demo"].small
 
 
 def measure(series: str, value: int, args: argparse.Namespace) -> dict[str, Any]:

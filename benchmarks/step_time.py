@@ -51,6 +51,7 @@ OURS: dict[str, dict[str, Any]] = {
     "budget": {"gns.budget": 0.01},
 }
 PLAIN, AGAIN, EAGER = "plain", "plain again", "eager"
+UNREAD = "unread"  # compiled as "all", without a NoiseScale
 EXAMPLES_CHECKED = 4
 
 
@@ -84,7 +85,7 @@ def compiled_training(case: Case, variant: str, inner: str = "inductor") -> Trai
         return training
     if variant in (PLAIN, AGAIN):
         return torch.compile(training, backend=models.ALIKE[inner])  # pyright: ignore[reportReturnType]
-    return torch.compile(training, backend="gns", options={**OURS[variant], "gns.inner": inner})  # type: ignore[return-value]
+    return torch.compile(training, backend="gns", options={**OURS.get(variant, {}), "gns.inner": inner})  # type: ignore[return-value]
 
 
 def make_step(case: Case, variant: str, setting: Setting) -> Step:
@@ -294,14 +295,12 @@ def floor(rows: Sequence[common.Row]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", choices=models.MODELS, default=list(models.MODELS), metavar="NAME")
+    common.add_models(parser, models.MODELS)
     parser.add_argument("--variants", nargs="*", choices=[*OURS, EAGER], default=[EAGER, *OURS])
     parser.add_argument("--peers", nargs="*", choices=peers.NAMES, help="other tools; all of them if none is named")
     add_arguments(parser)
-    common.add_keep(parser)
     parser.add_argument("--memory", type=float, default=4.0, help="GiB a peer may hold for norms; default %(default)s")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare norms with the truth")
-    parser.add_argument("--small", action="store_true", help="tiny models")
     args = parser.parse_args(argv)
     args.peers = [] if args.peers is None else args.peers or list(peers.NAMES)
     return args
@@ -316,7 +315,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="default: none")
-    parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="for tests")
+    common.add_inner(parser)
     parser.add_argument("--seed", type=int, default=0)
 
 

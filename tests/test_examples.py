@@ -169,17 +169,3 @@ def test_the_code_in_the_readme_runs():
     assert set(noise.by_group()) == {"Linear", "LayerNorm"}
     exec(controller, names)
     assert names["controller"].steps == 3
-
-
-HELP = {
-    "step_time": "plain",
-    "compile_time": "plain",
-    "monte_carlo": "Bias and coverage",
-    "naive_estimators": "estimators",
-    "real_run": "closed loop",
-}
-
-
-@pytest.mark.parametrize(("benchmark", "word"), HELP.items())
-def test_benchmarks_have_help(benchmark, word):
-    assert word in run(ROOT / f"benchmarks/{benchmark}.py", "--help")

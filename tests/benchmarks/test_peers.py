@@ -68,7 +68,7 @@ def test_vmap_is_right_on_every_model(name):
 @pytest.mark.parametrize("name", ["opacus-hooks", "opacus-functorch", "opacus-ghost", "backpack"])
 @pytest.mark.filterwarnings("ignore")
 def test_tools_are_called_rightly(name):
-    pytest.importorskip(name.partition("-")[0])
+    pytest.importorskip(name.partition("-")[0], reason="a tool of the extra 'peers', which the tests do not install")
     case = models.build("mlp", small=True)
     norms, _ = measured(case, peers.load(name))
     assert len(norms) == 6 and peers.wrong_names(case, norms) == []
