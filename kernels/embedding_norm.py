@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
+from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.tiling import budget_for, example_chunk
 
 SKIPPED = -(1 << 62)
@@ -23,6 +24,7 @@ _Rows = ctypes.c_int64 * 8
 
 def embedding_sq_norm(ids: Tensor, g: Tensor) -> Tensor:
     """Squared norms [B]. Ids may be any integers; positions with ``SKIPPED`` count as zeros."""
+    same_leading(2, ids, g)
     if (found := _in_one_pass(ids, g)) is not None:
         return found
     B, T = ids.shape
@@ -36,9 +38,14 @@ def embedding_sq_norm(ids: Tensor, g: Tensor) -> Tensor:
     return sq_norms
 
 
+def is_skipped(ids: Tensor) -> Tensor:
+    """Where ids are SKIPPED. In 32 bits the comparison would be with zero."""
+    return ids.long() == SKIPPED
+
+
 def without_skipped(ids: Tensor, g: Tensor) -> Tensor:
     """g [b, T, D] with zeros in the rows that are skipped."""
-    skipped = ids == SKIPPED
+    skipped = is_skipped(ids)
     if skipped.is_cpu and not skipped.any():
         return g
     return g.masked_fill(skipped.unsqueeze(2), 0)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype
+from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.tiling import FEW_POSITIONS, budget_for, gram_tiles
 
 
 def ghost_sq_norm(x: Tensor, g: Tensor) -> Tensor:
     """Squared norms [B] of the per-example products, in blocks of positions; only one half of the symmetric Grams."""
+    same_leading(3, x, g)
     if (found := _of_few_positions(x, g)) is not None:
         return found
     B, E, T, _ = x.shape
@@ -66,6 +68,7 @@ def shared_gram(x: Tensor) -> Tensor:
 
 def gram_sq_norm(other: Tensor, g: Tensor) -> Tensor:
     """Squared norms [B] from the Gram of the other factor [B, E, T, T] and g [B, E, T, O]."""
+    same_leading(3, other, g)
     B, E, T, _ = g.shape
     dtype = accumulate_dtype(g.dtype)
     sq_norms = torch.zeros(B, dtype=dtype, device=g.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype, square_sums
+from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.tiling import budget_for, matmul_tiles
 
 _SUM_AT_ONCE = 1 << 14
@@ -28,6 +29,7 @@ def mm_sq_norm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     Examples are added in fp32 (fp64 for fp64), and the sum is rounded once. Without a C++ compiler a CPU multiplies bf16
     into bf16 only, so there the gradient is a matrix multiply of its own.
     """
+    same_leading(3, x, g)
     if (found := native.products(x, g)) is not None:
         return found
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
@@ -45,6 +47,7 @@ def mm_sq_norm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def product_sq_norm(x: Tensor, g: Tensor) -> Tensor:
     """Only the squared norms [B] of ``x_b^T g_b``, for callers that have the gradient already."""
+    same_leading(3, x, g)
     if (found := native.products(x, g, summed=False)) is not None:
         return found[1]
     sq_norms = torch.zeros(x.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)

@@ -15,7 +15,7 @@ contractions, T positions, I in, O out, V vocab, D width. Squared norms are fp32
 | tied_mm_sq_norm       | as above                                   | grad [V,D] of both uses, sq_norms [B] |
 | tied_cross            | as above                                   | <onehot^T g, h^T x> [B]            |
 | product_sq_norm       | x [B,E,T,I], g [B,E,T,O]                   | sq_norms [B]: mm_sq_norm's second  |
-| collect               | n tensors [B]                              | [n, B]                             |
+| collect               | n tensors [B] or parts [k,B]               | [n, B]                             |
 | routed_sq_norm        | x [E,N,I], g [E,N,O], or [N,I], [N,O] and offsets [E]; ids | sq_norms [B]       |
 | routed_product        | as above                                   | [B,E,I,O]                          |
 | routed_tied_sq_norm   | n x [N,V], n g [N,O], m rows [N], m values [N,O], V; ids | sq_norms [B]         |
@@ -36,13 +36,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gnsfx.kernels import gpu_ops as gpu_ops  # more of torch.ops.gnsfx
 from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype
 from gnsfx.kernels.convolution_norm import convolution_sq_norm, source_of
 from gnsfx.kernels.embedding_norm import SKIPPED as SKIPPED
 from gnsfx.kernels.embedding_norm import embedding_sq_norm
+from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.ghost_norm import FEW_POSITIONS_DTYPES, ghost_sq_norm, gram_sq_norm, shared_gram
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
+from gnsfx.kernels.norm_backward import norm_takes as norm_takes
+from gnsfx.kernels.register import register
 from gnsfx.kernels.routed_norm import (
     count_ids,
     crosses,
@@ -56,15 +60,6 @@ from gnsfx.kernels.routed_norm import (
 )
 from gnsfx.kernels.sketch import estimate_convolution_sq_norm, estimate_sq_norm
 from gnsfx.kernels.tied_norm import tied_cross, tied_mm_sq_norm, tied_sq_norm
-
-# Kept across importlib.reload: an op disappears with the Library that defined it.
-_LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("gnsfx", "FRAGMENT")
-
-_TAGS = (
-    torch.Tag.pt2_compliant_tag,
-    # Any strides will do; without this Inductor copies an input whose layout differs from the traced one.
-    torch.Tag.flexible_layout,
-)
 
 
 def start_build(value: Tensor) -> None:
@@ -92,17 +87,32 @@ def start_builds(graph: torch.fx.Graph) -> None:
 
 
 def collect(sq_norms: Sequence[Tensor]) -> Tensor:
-    """n tensors [B] of floating dtype -> [n, B] in fp32, or fp64 if any is fp64."""
+    """n tensors of floating dtype, norms [B] or parts [k, B] of some -> norms [n, B] in fp32, or fp64 if any is fp64.
+
+    Parts are added here, all that come in as many at once; their sum is clamped at zero, while what is [B] stays as it is.
+    """
     dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
-    return torch.stack([s if s.dtype == dtype else s.to(dtype) for s in sq_norms])  # there are hundreds
+    rows = [s if s.dtype == dtype else s.to(dtype) for s in sq_norms]  # there are hundreds
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.dim() == 2:
+            groups.setdefault(row.shape[0], []).append(i)
+    if groups:
+        sums = [torch.cat([rows[i] for i in own]).unflatten(0, (len(own), k)).sum(1) for k, own in groups.items()]
+        added = torch.cat(sums).clamp_(min=0)
+        for i, total in zip((i for own in groups.values() for i in own), added.unbind(), strict=True):
+            rows[i] = total
+    return torch.stack(rows)
 
 
 def _fake_mm(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    same_leading(3, x, g)
     B, E, _, I = x.shape
     return x.new_empty(E, I, g.shape[3]), x.new_empty(B, dtype=accumulate_dtype(x.dtype))
 
 
 def _fake_ghost(x: Tensor, g: Tensor) -> Tensor:
+    same_leading(3, x, g)
     return x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype))
 
 
@@ -112,6 +122,7 @@ def _fake_gram(x: Tensor) -> Tensor:
 
 
 def _fake_embedding(ids: Tensor, g: Tensor) -> Tensor:
+    same_leading(2, ids, g)
     return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype))
 
 
@@ -121,6 +132,9 @@ def _fake_convolution(grad_output: Tensor, input: Tensor, weight: Tensor, *_) ->
 
 
 def _fake_tied(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    same_leading(2, ids, g)
+    same_leading(2, x, h)
+    same_leading(1, g, x)
     return g.new_empty(g.shape[0], dtype=accumulate_dtype(g.dtype, h.dtype))
 
 
@@ -165,74 +179,62 @@ def _fake_estimate(x: Tensor, g: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 def _fake_collect(sq_norms: Sequence[Tensor]) -> Tensor:
     dtype = accumulate_dtype(*(s.dtype for s in sq_norms))
-    return sq_norms[0].new_empty(len(sq_norms), sq_norms[0].shape[0], dtype=dtype)
+    return sq_norms[0].new_empty(len(sq_norms), sq_norms[0].shape[-1], dtype=dtype)
 
 
-def _register(schema: str, kernel: Callable, fake: Callable) -> None:
-    name = schema.partition("(")[0]
-    if hasattr(torch.ops.gnsfx, name):  # a second import; the first one's kernels stay
-        return
-    _LIBRARY.define(schema, tags=_TAGS)
-    # Inputs of a call outside a graph may require grad, which out= arguments inside the kernels would refuse.
-    _LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gnsfx::{name}", fake, lib=_LIBRARY)
-
-
-for _own in (
-    "",
-    "_",
-):  # on CPUs native/dispatch.cpp takes over the first one, and calls the second where it has no kernel
-    _register(f"{_own}mm_sq_norm(Tensor x, Tensor g) -> (Tensor, Tensor)", mm_sq_norm, _fake_mm)
-    _register(f"{_own}product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
-_register("ghost_sq_norm(Tensor x, Tensor g) -> Tensor", ghost_sq_norm, _fake_ghost)
-_register("gram(Tensor x) -> Tensor", shared_gram, _fake_gram)
-_register("gram_sq_norm(Tensor other, Tensor g) -> Tensor", gram_sq_norm, lambda other, g: _fake_ghost(g, g))
-_register("embedding_sq_norm(Tensor ids, Tensor g) -> Tensor", embedding_sq_norm, _fake_embedding)
-_register(
+# On CPUs native/dispatch.cpp takes over the first of each pair, and calls the second where it has no kernel.
+for _own in ("", "_"):
+    register(f"{_own}mm_sq_norm(Tensor x, Tensor g) -> (Tensor, Tensor)", mm_sq_norm, _fake_mm)
+    register(f"{_own}product_sq_norm(Tensor x, Tensor g) -> Tensor", product_sq_norm, _fake_ghost)
+register("ghost_sq_norm(Tensor x, Tensor g) -> Tensor", ghost_sq_norm, _fake_ghost)
+register("gram(Tensor x) -> Tensor", shared_gram, _fake_gram)
+register("gram_sq_norm(Tensor other, Tensor g) -> Tensor", gram_sq_norm, lambda other, g: _fake_ghost(g, g))
+register("embedding_sq_norm(Tensor ids, Tensor g) -> Tensor", embedding_sq_norm, _fake_embedding)
+register(
     "convolution_sq_norm(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups) -> (Tensor, Tensor)",
     convolution_sq_norm,
     _fake_convolution,
 )
-_register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_sq_norm, _fake_tied)
-_register(
+register("tied_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_sq_norm, _fake_tied)
+register(
     "tied_mm_sq_norm(Tensor ids, Tensor g, Tensor x, Tensor h) -> (Tensor, Tensor)", tied_mm_sq_norm, _fake_tied_mm
 )
-_register("tied_cross(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_cross, _fake_tied)
-_register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)
+register("tied_cross(Tensor ids, Tensor g, Tensor x, Tensor h) -> Tensor", tied_cross, _fake_tied)
+register("collect(Tensor[] sq_norms) -> Tensor", collect, _fake_collect)
 
 _IDS = "Tensor rows, int? column, Tensor[] takes, SymInt inner, SymInt total, SymInt examples"
 _FACTORS = f"Tensor x, Tensor g, Tensor? offsets, {_IDS}"
-_register(f"routed_sq_norm({_FACTORS}) -> Tensor", _with_ids(routed_sq_norm), _fake_routed)
-_register(f"routed_product({_FACTORS}) -> Tensor", _with_ids(routed_product), _fake_product)
-_register(
+register(f"routed_sq_norm({_FACTORS}) -> Tensor", _with_ids(routed_sq_norm), _fake_routed)
+register(f"routed_product({_FACTORS}) -> Tensor", _with_ids(routed_product), _fake_product)
+register(
     f"routed_tied_sq_norm(Tensor[] x, Tensor[] g, Tensor[] at, Tensor[] values, SymInt table, {_IDS}) -> Tensor",
     _with_ids(routed_tied_sq_norm),
     _fake_tied_rows,
 )
-_register(
+register(
     f"sum_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(sum_by_example), _fake_sum_by_example
 )
-_register(
+register(
     f"mask_by_example(Tensor values, int[] dims, {_IDS}) -> Tensor", _with_ids(mask_by_example), _fake_mask_by_example
 )
-_register(
+register(
     f"crosses(Tensor values, int[] along, int[] across, bool mask, {_IDS}) -> Tensor",
     _with_ids(crosses),
     lambda values, *_: values.new_empty((), dtype=torch.bool),
 )
-_register(
+register(
     "misnumbered(Tensor rows, SymInt positions, int? column) -> Tensor",
     misnumbered,
     lambda rows, *_: rows.new_empty((), dtype=torch.bool),
 )
-_register("count_ids(Tensor rows) -> Tensor", count_ids, lambda rows: rows.new_empty((), dtype=torch.float32))
+register("count_ids(Tensor rows) -> Tensor", count_ids, lambda rows: rows.new_empty((), dtype=torch.float32))
 
 _DRAW = "Tensor seed, int salt, int examples, int columns"
-_register(
+register(
     f"estimate_sq_norm(Tensor x, Tensor g, {_DRAW}, bool gram) -> (Tensor, Tensor)", estimate_sq_norm, _fake_estimate
 )
-_register(
+register(
     "estimate_convolution_sq_norm(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
     f"SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, {_DRAW}) -> (Tensor, Tensor)",
     estimate_convolution_sq_norm,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gnsfx.kernels import native
 from gnsfx.kernels.accumulate import accumulate_dtype
-from gnsfx.kernels.embedding_norm import SKIPPED, embedding_sq_norm, without_skipped
+from gnsfx.kernels.embedding_norm import embedding_sq_norm, is_skipped, without_skipped
+from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.ghost_norm import ghost_sq_norm, gram
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
 from gnsfx.kernels.tiling import budget_for, example_chunk, head_method
@@ -35,11 +36,13 @@ def tied_mm_sq_norm(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> tuple[Tenso
 
     ``g``, ``x`` and ``h`` have one dtype. Ids may be SKIPPED. Raises IndexError for one that is no row of the table.
     """
+    same_leading(2, ids, g)
+    same_leading(1, g, x)
     found = native.products(h.unsqueeze(1), x.unsqueeze(1), added=(ids, g))
     if found is not None:
         return found[0].squeeze(0), found[1]
     grad, sq_norms = mm_sq_norm(h.unsqueeze(1), x.unsqueeze(1))
-    rows, index = without_skipped(ids, g).to(sq_norms.dtype), ids.masked_fill(ids == SKIPPED, 0)
+    rows, index = without_skipped(ids, g).to(sq_norms.dtype), ids.masked_fill(is_skipped(ids), 0)
     grad = grad.squeeze(0).to(sq_norms.dtype).index_add_(0, index.flatten(), rows.flatten(0, 1))
     sq_norms += embedding_sq_norm(ids, g)
     return grad.to(x.dtype), sq_norms.add_(tied_cross(ids, g, x, h), alpha=2).clamp_(min=0)
@@ -48,6 +51,9 @@ def tied_mm_sq_norm(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> tuple[Tenso
 def tied_cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     """<onehot^T g, h^T x> [B], over blocks of examples and of the head's positions."""
     (B, S), T = ids.shape, x.shape[1]
+    same_leading(2, ids, g)
+    same_leading(2, x, h)
+    same_leading(1, g, x)
     dtype = accumulate_dtype(g.dtype, h.dtype)
     budget = budget_for(g.device.type)
     positions = example_chunk(T, S, dtype.itemsize, budget)
@@ -56,7 +62,7 @@ def tied_cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     for b0 in range(0, B, examples):
         b = slice(b0, b0 + examples)
         rows = without_skipped(ids[b], g[b])
-        valid = ids[b].clamp(min=0)
+        valid = ids[b].masked_fill(is_skipped(ids[b]), 0)  # any other id that is no row is an error of gather
         for t0 in range(0, T, positions):
             t = slice(t0, t0 + positions)
             index = valid.unsqueeze(1).expand(-1, min(positions, T - t0), -1).long()

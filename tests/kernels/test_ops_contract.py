@@ -41,13 +41,19 @@ def sample(name: str, B: int) -> tuple:
             draw = torch.tensor(3), 1, 4, 2
             return randn(B, 1, 6, 9), randn(B, 1, 4, 9), randn(6, 4, 3), [1], [1], [1], False, [0], 1, *draw
         case "collect":
-            return ([randn(B), randn(B).double()],)
+            return ([randn(B), randn(4, B), randn(B).double()],)
+        case "mm_norm_parts":
+            return randn(B, 5, 130), randn(B, 5, 4), 1
+        case "gram_norm_parts":
+            return randn(B, 40, 7), [randn(B, 40, 4), randn(B, 40, 3)], 2
+        case "embedding_norm_parts":
+            return torch.randint(9, (B, 20)), randn(B, 20, 3)
     raise ValueError(name)
 
 
 NAMES = (
     "mm_sq_norm", "ghost_sq_norm", "embedding_sq_norm", "tied_sq_norm", "tied_mm_sq_norm", "convolution_sq_norm", "collect",
-    "estimate_sq_norm", "estimate_convolution_sq_norm",
+    "estimate_sq_norm", "estimate_convolution_sq_norm", "mm_norm_parts", "gram_norm_parts", "embedding_norm_parts",
 )  # fmt: skip
 
 
