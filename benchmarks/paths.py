@@ -2,6 +2,7 @@
 
     python -m benchmarks.paths
     python -m benchmarks.paths --dtype bfloat16 --threads 2 --modelled --out benchmarks/results/paths
+    python -m benchmarks.paths --device cuda --modelled        the choices there: no timing, no device (paths_cuda.py)
 
 A row is a contraction x [B, T, I], g [B, T, O]: the plain gradient in microseconds, every path as a multiple of it (each
 includes the gradient), the path taken (*) and its time over that of the quickest. The paths of a row take turns; the
@@ -10,13 +11,14 @@ fastest of the rounds counts. "materialise" and "outer" run as Inductor compiles
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks import common
-from gnsfx.calibrate import factors, fastest, paths
+from benchmarks import common, paths_cuda
+from gnsfx.calibrate import factors, fastest, paths, timer_for
 from gnsfx.kernels.cost import cheapest, matmul_paths, seconds
 from gnsfx.kernels.machine import machine_for
 
@@ -55,7 +57,7 @@ class Row:
 
 def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
     torch.compiler.reset()
-    times = fastest(paths(*factors(shape, dtype, device)), device, rounds)
+    times = fastest(paths(*factors(shape, dtype, device)), timer_for(device), rounds)
     machine = machine_for(device.type)
     B, T, I, O = shape
     costs = matmul_paths(B, 1, T, I, O, dtype.itemsize, device.type, machine.fused(dtype) > 0)
@@ -103,6 +105,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cuda" and args.modelled:
+        show_modelled(args)
+        return
     cases = [(dtype, shape) for dtype in args.dtype for shape in SHAPES[: args.shapes]]
     found = [
         measure(shape, getattr(torch, dtype), torch.device(args.device), args.rounds)
@@ -116,6 +121,19 @@ def main() -> None:
         assert __doc__
         about = f"{__doc__[__doc__.index('A row is') :]}\n{summary(rows)}."
         common.save(args.out, "The planner's table", about, columns(args.modelled), rows, record)
+
+
+def show_modelled(args: argparse.Namespace) -> None:
+    """The choices on a CUDA device, and no time that anybody took."""
+    rows = [asdict(row) for row in paths_cuda.rows()]
+    print(common.text_table(paths_cuda.COLUMNS, rows))
+    print("modelled; nothing was timed")
+    if args.out:
+        record = {"schema": "gnsfx.paths_cuda/1", "settings": common.settings(args), "timed": False}
+        assert paths_cuda.__doc__
+        about = paths_cuda.__doc__[paths_cuda.__doc__.index("A row is") :]
+        title = "The planner's choices on a CUDA device: modelled, nothing timed"
+        common.save(args.out, title, about, paths_cuda.COLUMNS, rows, record)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,26 @@ compiled before keep their paths until they are compiled again.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gnsfx.kernels.ops  # noqa: F401  (defines the ops)
+from gnsfx import calibrate_cuda
 from gnsfx.kernels.cost import Cost, amounts, matmul_paths, seconds
-from gnsfx.kernels.machine import Machine, cache_file, default, read, without_missing, write
+from gnsfx.kernels.machine import CUDA_KERNELS, Machine, cache_file, default, read, without_missing, write
 
 Shape = tuple[int, int, int, int]
-Clock = Callable[[], float]
+Run = Callable[[], object]
+Timer = Callable[[Run], float]
+Costs = Callable[[Shape, torch.dtype, torch.device], Mapping[str, Cost]]
 
 SHAPES: Sequence[Shape] = (
     (32, 1, 512, 512), (8, 4, 512, 512), (32, 8, 256, 512), (32, 16, 192, 192), (4, 16, 1024, 2048), (64, 32, 64, 64),
@@ -35,7 +40,7 @@ SHAPES: Sequence[Shape] = (
 
 FITTED = (
     "flops_fp32", "flops_bf16", "flops_fp64", "fused_fp32", "fused_bf16", "fused_fp64", "operand_bytes", "result_bytes",
-    "bandwidth", "cache_bandwidth", "calls", "fresh_bandwidth",
+    "bandwidth", "cache_bandwidth", "calls", "fresh_bandwidth", *CUDA_KERNELS,
 )  # fmt: skip
 LIMIT = 45.0
 """Seconds after which no further shape is begun; on a machine that compiles so slowly the rest stays as shipped."""
@@ -58,7 +63,7 @@ class Timing:
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def paths(x: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
+def paths(x: Tensor, g: Tensor) -> dict[str, Run]:
     """x [B, T, I], g [B, T, O] -> what runs each path; "plain" is the gradient alone."""
     flat, rows = x.flatten(0, 1).t(), g.flatten(0, 1)
     x4, g4, ops = x.unsqueeze(1), g.unsqueeze(1), torch.ops.gnsfx
@@ -72,7 +77,7 @@ def paths(x: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
         wide = stack.float() if rounds else stack
         return (flat @ rows if rounds else wide.sum(0)), (wide * wide).sum((1, 2))
 
-    found: dict[str, Callable[[], object]] = {
+    found: dict[str, Run] = {
         "plain": lambda: flat @ rows,
         "fused": lambda: ops.mm_sq_norm(x4, g4),
         "ghost": lambda: (flat @ rows, ops.ghost_sq_norm(x4, g4)),
@@ -83,26 +88,28 @@ def paths(x: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
     return found
 
 
-def fastest(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, clock: Clock = time.perf_counter
-) -> dict[str, float]:
+def fastest(functions: Mapping[str, Run], timer: Timer, rounds: int) -> dict[str, float]:
     """Seconds of one call of each: they take turns, and the quickest round counts, which others disturb least."""
     best = dict.fromkeys(functions, float("inf"))
     for function in functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            _wait(device)
-            start = clock()
-            function()
-            _wait(device)
-            best[name] = min(best[name], clock() - start)
+            best[name] = min(best[name], timer(function))
     return best
 
 
-def _wait(device: torch.device) -> None:
+def timer_for(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """Seconds of one call, by a clock; on a CUDA device by events on its queue."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return calibrate_cuda.events(device)
+
+    def timed(run: Run) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return timed
 
 
 def factors(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,32 +124,37 @@ def measure(
     device: torch.device,
     machine: Machine,
     shapes: Sequence[tuple[Shape, torch.dtype]],
+    timer: Timer,
     rounds: int = 7,
-    clock: Clock = time.perf_counter,
-    run: Callable[[Tensor, Tensor], Mapping[str, Callable[[], object]]] = paths,
+    runs: Callable[[Tensor, Tensor], Mapping[str, Run]] = paths,
+    costs: Costs | None = None,
     follow: Callable[[Sequence], Iterable] = iter,
 ) -> list[Timing]:
-    """Time every path at every shape."""
-    timings = probes(device, rounds, clock)
+    """Time every path at every shape; ``costs`` are those of what ``runs`` runs, without them the ordinary paths'."""
+    timings, costs = probes(device, timer, rounds), costs or functools.partial(costs_of, machine)
     late = time.monotonic() + LIMIT
     for shape, dtype in follow(shapes):
         if time.monotonic() > late:
             break
         torch.compiler.reset()
-        B, T, I, O = shape
-        costs = matmul_paths(B, 1, T, I, O, dtype.itemsize, device.type, machine.fused(dtype) > 0)
-        times = fastest(run(*factors(shape, dtype, device)), device, rounds, clock)
-        timings += [Timing(path, costs[path], dtype, taken) for path, taken in times.items()]
+        known = costs(shape, dtype, device)
+        times = fastest(runs(*factors(shape, dtype, device)), timer, rounds)
+        timings += [Timing(path, known[path], dtype, taken) for path, taken in times.items()]
     return timings
 
 
-def probes(device: torch.device, rounds: int, clock: Clock) -> list[Timing]:
+def costs_of(machine: Machine, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Cost]:
+    B, T, I, O = shape
+    return matmul_paths(B, 1, T, I, O, dtype.itemsize, device.type, machine.fused(dtype) > 0)
+
+
+def probes(device: torch.device, timer: Timer, rounds: int) -> list[Timing]:
     """What no path has alone: a copy through memory, and operations with nothing to do."""
-    size, few = 1 << 26, 20
+    size, few = 1 << (30 if device.type == "cuda" else 26), 20
     source, target, one = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (size, size, 1))
     functions = {"copy": lambda: target.copy_(source), "calls": lambda: [one.add_(0) for _ in range(few)]}
     work = {"copy": Cost(bytes=2 * size), "calls": Cost(calls=few)}
-    times = fastest(functions, device, rounds, clock)
+    times = fastest(functions, timer, rounds)
     return [Timing(name, work[name], torch.float32, taken) for name, taken in times.items()]
 
 
@@ -170,6 +182,13 @@ def fit(timings: Sequence[Timing], start: Machine) -> Machine:
     return replace(start, **rates, measured=True)
 
 
+def fit_table(rows: Iterable[Mapping[str, Any]], multiprocessors: int, start: Machine) -> Machine:
+    """The constants of a CUDA device from a table of seconds, as benchmarks/gpu makes them: rows with ``B``, ``T``, ``I``, ``O``
+    and ``times``, seconds by way ("plain", "fused N", "ghost N", "materialise"), in 16 bits."""
+    found = calibrate_cuda.of_rows(rows, multiprocessors)
+    return fit([Timing(way, known, torch.bfloat16, taken) for way, known, taken in found], start)
+
+
 def errors(timings: Sequence[Timing], machine: Machine) -> list[float]:
     """|modelled - measured| / measured of every timing."""
     return [abs(seconds(t.cost, machine, t.dtype) / t.seconds - 1) for t in timings]
@@ -178,8 +197,15 @@ def errors(timings: Sequence[Timing], machine: Machine) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------- program
 
 
+def programs(device: torch.device) -> tuple[Callable[[Tensor, Tensor], Mapping[str, Run]], Costs | None]:
+    """What runs on such a device, and what it costs."""
+    return (calibrate_cuda.runs, calibrate_cuda.costs) if device.type == "cuda" else (paths, None)
+
+
 def shapes_for(device: torch.device) -> list[tuple[Shape, torch.dtype]]:
-    """All of them in fp32, some in bf16, a few in fp64: compiling "materialise" is what takes the time."""
+    """On a CPU all in fp32, some in bf16, a few in fp64: compiling "materialise" is what takes the time."""
+    if device.type == "cuda":
+        return [(shape, dtype) for dtype, shapes in calibrate_cuda.SHAPES.items() for shape in shapes]
     picked = {torch.float32: SHAPES, torch.bfloat16: SHAPES[::3], torch.float64: SHAPES[3:8:4]}
     return [(shape, dtype) for dtype, shapes in picked.items() for shape in shapes]
 
@@ -202,19 +228,21 @@ def _count(items: Sequence) -> Iterator:
     print(file=sys.stderr)
 
 
-def table(shipped: Machine, found: Machine) -> str:
+def table(device_type: str, found: Machine) -> str:
     """The constants beside those that are shipped."""
+    shipped = default(device_type)
     lines = [f"{'per second':18}{'shipped':>12}{'here':>12}"]
     for name in FITTED:
-        lines.append(f"{name:18}{getattr(shipped, name):12.3g}{getattr(found, name):12.3g}")
+        if device_type == "cuda" or name not in CUDA_KERNELS:
+            lines.append(f"{name:18}{getattr(shipped, name):12.3g}{getattr(found, name):12.3g}")
     return "\n".join(lines)
 
 
 def show(device_type: str) -> str:
     found, path = read(device_type), cache_file(device_type)
     if found is None:
-        return f"{table(default(device_type), default(device_type))}\nas shipped: nothing usable in {path}"
-    return f"{table(default(device_type), found)}\nread from {path}"
+        return f"{table(device_type, default(device_type))}\nas shipped: nothing usable in {path}"
+    return f"{table(device_type, found)}\nread from {path}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,9 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device, shipped = torch.device(args.device), without_missing(default(args.device), args.device)
     start = time.perf_counter()
-    timings = measure(device, shipped, shapes_for(device), args.rounds, follow=follow)
+    timings = measure(device, shipped, shapes_for(device), timer_for(device), args.rounds, *programs(device), follow)
     found = fit(timings, shipped)
-    print(table(shipped, found))
+    print(table(args.device, found))
     off = statistics.median(errors(timings, found))
     print(f"{len(timings)} timings in {time.perf_counter() - start:.0f} s; the model is off by {off:.0%} in the median")
     if off > TRUSTED:

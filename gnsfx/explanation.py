@@ -45,7 +45,12 @@ class Explained:
         return self._seconds(self.record.costs[path]) / self._seconds(self.record.costs["plain"])
 
     def _seconds(self, cost: Cost) -> float:
-        return seconds(cost, machine_for(self.device), self.dtype)
+        return seconds(cost, machine_for(self.device), self._arithmetic)
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        """Under autocast not that of the parameter."""
+        return self.record.dtype or self.dtype
 
     def lines(self, notes: dict[str, str]) -> Iterator[tuple[str, ...]]:
         """Cells under ``HEADER``: the parameter with the path taken, then every candidate."""
@@ -57,10 +62,15 @@ class Explained:
             return
         for path, cost in record.costs.items():
             times = (_count(self._seconds(cost), ("s", "ms", "us"), 1e-3), f"{self.relative(path):.2f}x")
-            limit = bound(cost, machine_for(self.device), self.dtype)
-            flops = cost.flops + cost.accumulate_flops + cost.fused_flops
+            limit = bound(cost, machine_for(self.device), self._arithmetic)
             traffic = cost.bytes + cost.cache_bytes + cost.operands + cost.results
-            numbers = (_count(flops, ("", "k", "M", "G", "T")), _size(traffic), _size(cost.memory), *times, limit)
+            numbers = (
+                _count(cost.multiplied, ("", "k", "M", "G", "T")),
+                _size(traffic),
+                _size(cost.memory),
+                *times,
+                limit,
+            )
             label = _mark(record.path if path == self.taken else path, path == self.taken)
             yield (*start, label, *numbers, footnote(why, notes) if path == self.taken else "")
             start = ("", "", "", "")

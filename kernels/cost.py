@@ -8,21 +8,13 @@ Times are sums over resources, not their maximum: the kernels of a path run one 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gnsfx.kernels.machine import Machine
-from gnsfx.kernels.tiling import (
-    FEW_CHANNELS,
-    FEW_POSITIONS,
-    budget_for,
-    convolution_method,
-    example_chunk,
-    gram_tiles,
-    matmul_tiles,
-)
+from gnsfx.kernels.machine import CUDA_KERNELS, Machine
+from gnsfx.kernels.tiling import FEW_POSITIONS, budget_for, example_chunk, gram_tiles, matmul_tiles
 
 
 @dataclass(frozen=True)
@@ -34,6 +26,7 @@ class Cost:
     operands, results: bytes that these multiplies read and write.
     bytes: through memory; cache_bytes: through a buffer that stays in the cache.
     calls: torch operations dispatched. memory: what is allocated beyond inputs and gradient.
+    The last seven are of our CUDA kernels, each at the constant of the machine of its name: kernels/cost_cuda.py.
     """
 
     flops: float = 0
@@ -45,6 +38,18 @@ class Cost:
     fused_flops: float = 0
     operands: float = 0
     results: float = 0
+    large_flops: float = 0
+    small_flops: float = 0
+    reduce_flops: float = 0
+    gram_flops: float = 0
+    small_gram_flops: float = 0
+    squares: float = 0
+    reduce_bytes: float = 0
+
+    @property
+    def multiplied(self) -> float:
+        """FLOPs of all matrix multiplies, whoever does them."""
+        return sum(getattr(self, f.name) for f in fields(Cost) if f.name.endswith("flops"))
 
     def __add__(self, other: "Cost") -> "Cost":
         """One after the other: work adds up, memory is the larger of the two."""
@@ -60,6 +65,7 @@ def amounts(cost: Cost, machine: Machine, dtype: torch.dtype) -> dict[str, float
     accumulate = own if machine.mixed_matmul or own != "flops_bf16" else "flops_fp32"
     work = {own: cost.flops, own.replace("flops", "fused"): cost.fused_flops}
     work[accumulate] = work.get(accumulate, 0) + cost.accumulate_flops
+    work |= {name: amount for name in CUDA_KERNELS if (amount := getattr(cost, name))}
     return work | {
         "operand_bytes": cost.operands,
         "result_bytes": cost.results,
@@ -70,7 +76,7 @@ def amounts(cost: Cost, machine: Machine, dtype: torch.dtype) -> dict[str, float
     }
 
 
-KINDS = {"calls": "calls", "fresh_bandwidth": "memory"}
+KINDS = {"calls": "calls", "fresh_bandwidth": "memory", "squares": "flops"}
 """Of the constants; what is not here is "flops" or "bytes" by its name."""
 
 
@@ -79,9 +85,8 @@ def parts(cost: Cost, machine: Machine, dtype: torch.dtype) -> dict[str, float]:
     spent: dict[str, float] = dict.fromkeys(("flops", "bytes", "calls", "memory"), 0.0)
     for name, amount in amounts(cost, machine, dtype).items():
         if amount:
-            spent[KINDS.get(name, "flops" if name.startswith(("flops", "fused")) else "bytes")] += amount / getattr(
-                machine, name
-            )
+            kind = KINDS.get(name, "flops" if "flops" in name or name.startswith("fused") else "bytes")
+            spent[kind] += amount / getattr(machine, name)
     return spent
 
 
@@ -108,8 +113,6 @@ LAST_CACHE = 32 << 20
 """Bytes of a stack that is still in some cache when it is read."""
 NATIVE_SCRATCH = 3 << 19
 """Bytes in which our own kernel packs, of one thread."""
-DEPTHWISE_SUMS = 16
-"""In how many sums the kernel of depthwise convolutions adds examples up."""
 SQUARE_ROWS = 3
 """To square and add the products of one example takes our own kernel as long as so many positions more."""
 
@@ -162,57 +165,20 @@ def embedding_paths(B: int, T: int, D: int, V: int, itemsize: int, device_type: 
     return paths
 
 
-def convolution_paths(
-    B: int,
-    R: int,
-    weight: Sequence[int],
-    out: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-    itemsize: int,
-    device_type: str = "cpu",
-    native: bool = False,
-) -> dict[str, Cost]:
-    """Gradient of ``weight`` and norms [B]; ``out`` is the grid that the kernel visits (a transposed one's input).
-
-    "plain"        the gradient alone
-    "convolution"  the op ``convolution_sq_norm``, which picks its own method; ``native`` if there is our own kernel
-    """
-    n, positions = math.prod(weight), math.prod(out)
-    read = itemsize * B * R * positions * (weight[0] + weight[1] * groups)
-    accumulate = _accumulate_itemsize(itemsize)
-    chunk = example_chunk(B, n, accumulate, budget_for(device_type))
-    method = convolution_method(weight, stride, padding, dilation, transposed, groups, positions)
-    rounds = B if method == "loop" else -(-B // chunk)
-    per_round = math.prod(weight[2:]) * 3 if method == "taps" else 12
-    memory = n * accumulate * (1 if method == "loop" else chunk)
-    plain = Cost(2 * B * R * positions * n, read, 0, 1)
-    if native and len(out) <= 2 and itemsize <= 4:  # in registers, as mm_sq_norm
-        few = groups > 1 and weight[1] <= FEW_CHANNELS
-        sums, calls = (n * min(B, DEPTHWISE_SUMS), 1) if few else (n, groups)
-        own = replace(plain, flops=0, fused_flops=plain.flops, memory=NATIVE_SCRATCH + accumulate * sums, calls=calls)
-        return {"plain": plain, "convolution": own if itemsize == 4 else plain + own}
-    squares = Cost(memory=memory, calls=10 + rounds * per_round, cache_bytes=_accumulate_bytes(itemsize) * B * n)
-    return {"plain": plain, "convolution": plain + squares}
-
-
 def reduction_paths(B: int, T: int, N: int, itemsize: int) -> dict[str, Cost]:
     """Gradient [N] and norms [B] of a sum over examples and positions of [B, T, N] (bias, norm scale and shift).
 
     "plain"      the sum alone
     "reduction"  partial sums [B, N] in the graph, then their sum and their squares
     """
-    partial = B * N * _accumulate_itemsize(itemsize)
+    partial = B * N * accumulate_itemsize(itemsize)
     plain = Cost(bytes=itemsize * B * T * N, calls=1)
     return {"plain": plain, "reduction": plain + Cost(cache_bytes=3 * partial, memory=partial)}
 
 
 def tied_rest(B: int, S: int, T: int, D: int, itemsize: int, device_type: str = "cpu") -> Cost:
     """What a table adds to its head (x [B, T, D]) when it is an embedding too (ids [B, S]): segments and ``tied_cross``."""
-    picked = B * S * T * _accumulate_itemsize(itemsize)
+    picked = B * S * T * accumulate_itemsize(itemsize)
     scratch = min(picked, budget_for(device_type))
     cross = Cost(memory=scratch, calls=12, accumulate_flops=2 * B * S * T * D, cache_bytes=4 * picked)
     return segments(B, S, D, itemsize, device_type) + cross
@@ -229,7 +195,7 @@ def _materialise(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_t
 
 def _fused(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str, native: bool) -> Cost:
     """What ``mm_sq_norm`` costs in all."""
-    accumulate = _accumulate_itemsize(itemsize)
+    accumulate = accumulate_itemsize(itemsize)
     if native:
         work = gemm(E, I, O, B * T, itemsize)
         flops = 2 * B * E * I * O * (T + SQUARE_ROWS)
@@ -238,13 +204,13 @@ def _fused(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: s
     calls = tiles.calls(B, E, I, O)
     tile = tiles.examples * tiles.contractions * tiles.rows * tiles.columns
     memory = tile * (accumulate + (itemsize if itemsize < accumulate else 0))
-    squares = Cost(0, 0, memory, 10 + 4 * calls + B * E, 0, _accumulate_bytes(itemsize) * B * E * I * O)
+    squares = Cost(0, 0, memory, 10 + 4 * calls + B * E, 0, accumulate_bytes(itemsize) * B * E * I * O)
     return gemm(B * E, I, O, T, itemsize) + squares
 
 
 def _ghost(B: int, E: int, T: int, I: int, O: int, itemsize: int, device_type: str) -> Cost:
     """What ``ghost_sq_norm`` costs."""
-    accumulate = _accumulate_itemsize(itemsize)
+    accumulate = accumulate_itemsize(itemsize)
     tiles = gram_tiles(B, E, T, accumulate, budget_for(device_type))
     calls = tiles.calls(B, E, T)
     S = tiles.positions
@@ -265,7 +231,7 @@ def _few(B: int, E: int, T: int, I: int, O: int) -> Cost:
 
 def gram(B: int, E: int, T: int, K: int, itemsize: int, device_type: str = "cpu") -> Cost:
     """What the op ``gram`` costs, for T of one block: [B, E, T, T] of x [B, E, T, K]."""
-    accumulate = _accumulate_itemsize(itemsize)
+    accumulate = accumulate_itemsize(itemsize)
     product = gemm(B * E, T, T, K, accumulate)
     upcast = device_type == "cpu" and itemsize < accumulate
     copied = product.operands * (1 + itemsize / accumulate) if upcast else 0.0
@@ -280,19 +246,21 @@ def with_gram(B: int, E: int, T: int, K: int, itemsize: int, device_type: str = 
 
 
 def segments(B: int, T: int, D: int, itemsize: int, device_type: str) -> Cost:
-    """What ``embedding_sq_norm`` costs: upcast, zero, scatter and square rows, and a sort of ids."""
-    accumulate = _accumulate_itemsize(itemsize)
+    """What ``embedding_sq_norm`` costs in torch: upcast, zero, scatter and square rows, and a sort of ids.
+
+    The C++ kernel takes less. Nothing is chosen by this number: lookups of several positions have no other path."""
+    accumulate = accumulate_itemsize(itemsize)
     chunk = example_chunk(B, T * D, accumulate, 2 * budget_for(device_type))
     rounds = -(-B // chunk)
     rows = B * T * D
     return Cost(0, itemsize * rows, 2 * chunk * T * D * accumulate, 4 + 18 * rounds, 0, 6 * rows * accumulate)
 
 
-def _accumulate_itemsize(itemsize: int) -> int:
+def accumulate_itemsize(itemsize: int) -> int:
     return max(itemsize, 4)
 
 
-def _accumulate_bytes(itemsize: int) -> int:
+def accumulate_bytes(itemsize: int) -> int:
     """Per element of a product: read to square, read to add, total read and written; a copy if rounded."""
-    accumulate = _accumulate_itemsize(itemsize)
+    accumulate = accumulate_itemsize(itemsize)
     return 4 * accumulate + (2 * itemsize if itemsize < accumulate else 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from gnsfx.errors import GnsWarning
+from gnsfx.kernels import gpu
 from gnsfx.kernels.cache_folder import cache_folder
 
 FORMAT = 1
@@ -34,6 +35,12 @@ class Machine:
     bandwidth: bytes through memory; cache_bandwidth: bytes through a buffer that stays in the cache.
     calls: torch operations dispatched. mixed_matmul: whether bf16 can be multiplied into fp32.
     reused_bytes, fresh_bandwidth: a larger block is mapped anew each time it is allocated, at this rate.
+
+    The last seven are of our CUDA kernels, and asked of nothing else: FLOPs of a weight gradient by tiles of each size, of
+    Grams by blocks of 128 positions and by smaller ones; entries squared; bytes added to memory by the copy engine. For an
+    H200 that nobody timed: 0.8, 0.7 and 0.9 of the library's rate by tiles, 0.55 and 0.4 by Grams, which read more for what
+    they multiply; 128 x 128 entries squared in 750 cycles; half of what the copy engine adds hidden by the next product.
+    Choices depend on ratios, and other GPUs have similar ones.
     """
 
     flops_fp32: float
@@ -51,11 +58,29 @@ class Machine:
     reused_bytes: float
     mixed_matmul: bool = False
     measured: bool = False
+    large_flops: float = 630e12
+    small_flops: float = 550e12
+    reduce_flops: float = 710e12
+    gram_flops: float = 430e12
+    small_gram_flops: float = 320e12
+    squares: float = 5e12
+    reduce_bytes: float = 5e12
 
     def fused(self, dtype: torch.dtype) -> float:
         """Rate of our own kernel; 0 where there is none. It multiplies fp16 as fp32."""
         return {torch.float64: self.fused_fp64, torch.bfloat16: self.fused_bf16}.get(dtype, self.fused_fp32)
 
+
+CUDA_KERNELS = (
+    "large_flops",
+    "small_flops",
+    "reduce_flops",
+    "gram_flops",
+    "small_gram_flops",
+    "squares",
+    "reduce_bytes",
+)
+"""Constants of our CUDA kernels; fields of a Cost have the same names."""
 
 MACHINES: Mapping[str, Machine] = {
     # Fitted by gnsfx.calibrate on 2 threads of a Zen 4 server, torch 2.13. Blocks above 32 MiB go back to the kernel at
@@ -104,7 +129,7 @@ def machine_for(device_type: str) -> Machine:
 
 
 def without_missing(machine: Machine, device_type: str) -> Machine:
-    """The same without our own kernels where there is no compiler for them, or nothing that they are quick on."""
+    """The same without C++ kernels where there is no compiler for them, or nothing that they are quick on."""
     from gnsfx.kernels import native
 
     dtypes = {"fused_fp32": torch.float32, "fused_bf16": torch.bfloat16, "fused_fp64": torch.float64}
@@ -117,9 +142,20 @@ def default(device_type: str) -> Machine:
     return MACHINES.get(device_type, MACHINES["cuda"])
 
 
-def in_force() -> tuple[tuple[str, Machine], ...]:
-    """All that a choice between paths depends on besides the graph; part of the compile caches' key."""
-    return tuple((name, machine_for(name)) for name in MACHINES)
+def in_force() -> tuple[tuple[str, Machine, tuple[str, ...], int], ...]:
+    """All that a choice between paths depends on besides the graph; part of the compile caches' key.
+
+    Of each type of device: its constants, the CUDA kernels of ours that run there, its multiprocessors.
+    """
+    return tuple((name, machine_for(name), *_kernels(name)) for name in MACHINES)
+
+
+def _kernels(device_type: str) -> tuple[tuple[str, ...], int]:
+    if device_type == "cuda" and not torch.cuda.is_initialized():
+        return (), 0  # no tensor is there, and to ask would make a context
+    device = torch.device(device_type)
+    kernels = tuple(sorted(gpu.kernels_on(device)))
+    return kernels, gpu.multiprocessors(device) if kernels else 0
 
 
 def fingerprint(device_type: str) -> dict[str, str]:

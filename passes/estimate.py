@@ -18,8 +18,8 @@ import torch
 from torch.fx import Node
 
 from gnsfx._torch import size_hint
-from gnsfx.kernels import cost
 from gnsfx.kernels.cost import Cost
+from gnsfx.kernels.cost_convolution import convolution_paths
 from gnsfx.passes.budget import Estimate, Work
 from gnsfx.passes.emit import Emitter
 
@@ -66,7 +66,7 @@ class Estimator:
             weight, groups, transposed = _sizes(op["weight"]), size_hint(op["groups"]), op["transposed"]
             value, settings = x.meta["val"], (op["stride"], op["padding"], op["dilation"], transposed, groups)
             thin = [weight[0], 1, *weight[2:]] if transposed else [groups, *weight[1:]]
-            paths = cost.convolution_paths(
+            paths = convolution_paths(
                 B, R, thin, space if transposed else out, *settings, value.dtype.itemsize, value.device.type
             )
             mixing, read = R * O * math.prod(out), R * (O * math.prod(out) + C * math.prod(space))

@@ -26,8 +26,8 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Record:
-    """What was decided for one parameter. ``costs`` holds every candidate path, ``extra`` the seconds that the path taken is
-    expected to add to the gradient (0 where nothing is known); ``condition`` says why a run may refuse it;
+    """What was decided for one parameter. ``costs`` holds every candidate path, in arithmetic of ``dtype``, ``extra`` the seconds that the path
+    taken is expected to add to the gradient (0 where nothing is known); ``condition`` says why a run may refuse it;
     ``entries`` is the sum of squares over the examples of every single number, where it was asked for and is known; ``work``
     what estimating it would take, where that is possible; ``variance`` (B,) of an estimate."""
 
@@ -38,6 +38,7 @@ class Record:
     path: str = ""
     reason: str = ""
     costs: Mapping[str, cost.Cost] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
     extra: float = 0.0
     sq_norm: Node | None = None
     entries: Node | None = None
@@ -48,7 +49,7 @@ class Record:
     def take(self, choice: Choice) -> None:
         """The path that was chosen, with its costs."""
         self.path, self.costs, self.extra = choice.path, choice.costs, choice.extra
-        self.reason = choice.note
+        self.reason, self.dtype = choice.note, choice.dtype
 
 
 def explain_mixed(mixed: Mixed) -> str:

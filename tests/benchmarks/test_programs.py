@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, compile_time, memory, models, scaling, step_time
+from benchmarks import common, compile_time, memory, models, paths, scaling, step_time
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -111,3 +111,14 @@ def test_losses_of_examples_average_to_the_loss(name):
     case = models.build(name, small=True)
     outputs = case.module(case.inputs)
     torch.testing.assert_close(models.losses_of(outputs, case.targets).mean(), models.loss_of(outputs, case.targets))
+
+
+def test_choices_on_a_cuda_device_are_modelled(tmp_path, monkeypatch, capsys):
+    """Without one, and the table says that nothing was timed."""
+    out = tmp_path / "paths_cuda"
+    monkeypatch.setattr(sys, "argv", ["paths", "--device", "cuda", "--modelled", "--out", str(out)])
+    paths.main()
+    read = written(out)
+    assert capsys.readouterr().out.endswith("modelled; nothing was timed\n") and read["timed"] is False
+    assert "nothing timed" in out.with_suffix(".md").read_text().splitlines()[0]
+    assert {row["taken"] for row in read["rows"]} == {"outer", "ghost", "fused", "materialise"}

@@ -15,7 +15,6 @@ from gnsfx.kernels.cost import (
     amounts,
     bound,
     cheapest,
-    convolution_paths,
     embedding_paths,
     gemm,
     gram,
@@ -27,6 +26,7 @@ from gnsfx.kernels.cost import (
     tied_rest,
     with_gram,
 )
+from gnsfx.kernels.cost_convolution import convolution_paths
 from gnsfx.kernels.machine import MACHINES
 
 CPU, CUDA = MACHINES["cpu"], MACHINES["cuda"]
@@ -49,11 +49,12 @@ def regret(row) -> float:
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_choices_are_near_the_best(dtype):
-    """Timed by benchmarks/paths.py. Single rows may be off: two paths as good as each other change places between runs."""
+    """Timed by benchmarks/paths.py. The table is fixed, so only a change of the model or of its constants can move this: the
+    bounds leave room for one row whose two best paths are a tenth apart, as repeats of one row are."""
     found = [regret(row) for row in MEASURED if row["dtype"] == dtype]
     assert len(found) >= 30
-    assert statistics.fmean(found) <= 1.03 and max(found) <= 1.4
-    assert sum(r <= 1.1 for r in found) >= 0.9 * len(found)
+    assert statistics.fmean(found) <= 1.01 and max(found) <= 1.15
+    assert sum(r <= 1.1 for r in found) >= len(found) - 1
 
 
 @given(B=extents, E=st.integers(1, 3), T=extents, I=extents, O=extents, itemsize=itemsizes, native=st.booleans())

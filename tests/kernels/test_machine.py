@@ -8,9 +8,19 @@ import pytest
 import torch
 
 from gnsfx.errors import GnsWarning
+from gnsfx.kernels import gpu, native
 from gnsfx.kernels import machine as module
-from gnsfx.kernels import native
-from gnsfx.kernels.machine import MACHINES, Machine, cache_file, default, fingerprint, in_force, machine_for, write
+from gnsfx.kernels.machine import (
+    CUDA_KERNELS,
+    MACHINES,
+    Machine,
+    cache_file,
+    default,
+    fingerprint,
+    in_force,
+    machine_for,
+    write,
+)
 
 MINE = replace(MACHINES["cpu"], flops_fp32=123e9)
 
@@ -50,6 +60,32 @@ def test_the_compile_caches_depend_on_the_constants():
     before = in_force()
     write(MINE, "cpu")
     assert in_force() != before and hash(before) != hash(in_force())
+
+
+def test_the_compile_caches_depend_on_the_cuda_kernels(monkeypatch):
+    """And on the multiprocessors that the choice between their tiles is made for."""
+    keys = []
+    for names, count in ((), 132), (("products",), 132), (("products",), 78), (("norm", "products"), 78):
+        monkeypatch.setattr(gpu, "kernels_on", lambda device, names=names: frozenset(names))
+        monkeypatch.setattr(gpu, "multiprocessors", lambda device, count=count: count)
+        keys.append(in_force())
+    assert len(set(keys)) == 4 and all(hash(key) for key in keys)
+
+
+def test_the_key_does_not_wake_a_gpu(monkeypatch):
+    """A process that compiles for its CPU alone makes no CUDA context."""
+    asked = []
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert in_force()[1][2:] == ((), 0) and not asked
+
+
+def test_a_file_from_before_the_cuda_kernels_has_the_shipped_constants_of_them():
+    path = write(replace(MACHINES["cuda"], bandwidth=1e12), "cuda")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["constants"] = {n: c for n, c in found["constants"].items() if n not in CUDA_KERNELS}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert quiet("cuda") == replace(MACHINES["cuda"], bandwidth=1e12)
 
 
 def test_without_a_compiler_there_is_no_kernel_of_ours(monkeypatch):
