@@ -42,8 +42,8 @@ from torch._functorch._aot_autograd.descriptors import (  # what each joint-grap
     TangentAOTInput,
 )
 from torch._functorch._aot_autograd.utils import (
-    make_boxed_func,
-)  # the calling convention AOTAutograd asks of a compiler
+    make_boxed_func,  # the calling convention AOTAutograd asks of a compiler
+)
 from torch._functorch.partitioners import default_partition  # splits the rewritten joint graph for "eager"
 from torch._guards import (
     TracingContext,  # holds, while a graph is compiled, the metadata that the compile caches store with it
@@ -84,6 +84,7 @@ __all__ = [
     "compiler_and_openmp",
     "compiler_that_keeps",
     "current_backward",
+    "decompositions_without",
     "default_partition",
     "detect_fake_mode",
     "divisible",
@@ -129,6 +130,11 @@ def divisible(value: Any, divisor: Any) -> bool:
         return False
     by = divisor.node.expr if isinstance(divisor, torch.SymInt) else divisor
     return _denominator(value.node.expr / by) == 1
+
+
+def decompositions_without(targets: Any) -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions but for those of ``targets``, which stay in the graph as they are."""
+    return {op: decomposition for op, decomposition in select_decomp_table().items() if op not in targets}
 
 
 def scale_of(scaler: torch.amp.GradScaler) -> Any:

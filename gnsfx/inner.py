@@ -12,8 +12,10 @@ from torch.fx import GraphModule
 
 from gnsfx import _torch
 from gnsfx.config import Options, debug_level
+from gnsfx.kernels import gpu
 from gnsfx.kernels.machine import in_force
 from gnsfx.passes.kept_report import pack
+from gnsfx.passes.norm_layers import NORM_BACKWARDS
 from gnsfx.passes.pipeline import Plan, Report, rewrite
 from gnsfx.passes.rules import RULES
 from gnsfx.passes.state import describe
@@ -27,6 +29,7 @@ class RewritePass(_torch.CustomGraphPass):
     def __init__(self, plan: Plan, keep: Callable[[Report], None], keep_text: bool = False, before: Any = None) -> None:
         self.plan, self.keep, self.keep_text, self.before = plan, keep, keep_text, before
         self._kept: bytes | None = None
+        self.kernels: frozenset[str] = frozenset()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self.before is not None:
@@ -59,6 +62,7 @@ class RewritePass(_torch.CustomGraphPass):
             plan.parameters,
             plan.memory,
             in_force(),
+            tuple(sorted(self.kernels)),
             plan.forced,
             plan.elementwise,
             plan.budget,
@@ -109,8 +113,18 @@ def inner_compile(
         list(inputs),
         inner_compile=_torch.compiler_that_keeps(rewriting.kept),
         config_patches={**patches, "joint_custom_pre_pass": rewriting},
+        decompositions=decompositions(rewriting, inputs),
     )
     return measured
+
+
+def decompositions(rewriting: RewritePass | None, inputs: Sequence[Any]) -> dict[Any, Callable[..., Any]] | None:
+    """Inductor's decompositions without those of norm layers' backwards, where a device has our kernel; None: all of them."""
+    if rewriting is None:
+        return None
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    rewriting.kernels = frozenset().union(*map(gpu.kernels_on, devices))
+    return _torch.decompositions_without(NORM_BACKWARDS) if "norm" in rewriting.kernels else None
 
 
 def eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePass | None) -> Compiled:
@@ -125,6 +139,6 @@ def eager_compile(gm: GraphModule, inputs: Sequence[Any], rewriting: RewritePass
     compiler = _torch.aot_autograd(
         fw_compiler=lambda graph, _: _torch.make_boxed_func(graph.forward),
         partition_fn=partition,
-        decompositions=_torch.select_decomp_table(),
+        decompositions=decompositions(rewriting, inputs) or _torch.select_decomp_table(),
     )
     return compiler(gm, list(inputs))

@@ -112,7 +112,7 @@ def attach_collectors(
             counts = emit(aten.expand.default, emit.cast(count, value.dtype), [len(parts) + 1])
         columns, stacked = [flag, counts], None
         if parts:
-            stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, parts), value.dtype)
+            stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, [_in_parts(emit, p) for p in parts]), value.dtype)
             columns.insert(0, emit(aten.sum.dim_IntList, stacked, [1]))
         if variances is not None:
             columns += _in_places(emit, [*variances, None], like)
@@ -128,6 +128,12 @@ def attach_collectors(
             constant = emit(aten.full.default, [], 0, dtype=value.dtype, device=value.device, pin_memory=False)
             constant.meta["partitioner_tag"] = "is_forward"
         probe.replace_all_uses_with(constant)
+
+
+def _in_parts(emit: Emitter, node: Node) -> Node:
+    """The parts (k, B) of a sum that is nothing but their sum. Their number is data to no guard."""
+    parts = emit.parts.get(node)
+    return parts if parts is not None and isinstance(parts.meta["val"].shape[0], int) else node
 
 
 def _in_places(emit: Emitter, rows: Sequence[Node | None], like: dict[str, Any]) -> list[Node]:

@@ -40,6 +40,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def narrow(node: Node) -> Node:
+    """Behind a cast of 16 bits to fp32, for ops that widen what they read themselves: as an input it would be written once more."""
+    cast: Any = node
+    while cast.target is aten.expand.default and same_sizes(cast.meta["val"].shape, cast.args[0].meta["val"].shape):
+        cast = cast.args[0]
+    if cast.target is not prims.convert_element_type.default or cast.meta["val"].dtype != torch.float32:
+        return node
+    return cast.args[0] if cast.args[0].meta["val"].dtype in (torch.bfloat16, torch.float16) else node
+
+
 WRITES = set(overloads("aten.index_put.default", "aten._unsafe_index_put.default", "aten.scatter.src", "aten.scatter.value",
                        "aten.scatter_add.default", "aten.scatter_reduce.two", "aten.index_add.default", "aten.index_copy.default",
                        "aten.slice_scatter.default", "aten.select_scatter.default", "aten.diagonal_scatter.default",
@@ -60,6 +70,7 @@ class Emitter:
         self._sizes = Sizes(graph)
         self._traced = set(graph.nodes)
         self._like: Node | None = None
+        self.parts: dict[Node, Node] = {}
 
     @contextmanager
     def at(self, node: Node) -> Iterator[None]:
@@ -74,10 +85,16 @@ class Emitter:
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         if target in WRITES and overlaps(args[0].meta["val"]):
             args = (self(aten.clone.default, args[0], memory_format=torch.contiguous_format), *args[1:])
-        values = tree_map(fake, (args, kwargs))
+        return self._insert(target, args, kwargs, self._value(target, args, kwargs))
+
+    def give(self, node: Node, *args: Any) -> None:
+        """Other arguments, which are there before ``node`` is."""
+        node.args, node.meta["val"] = args, self._value(node.target, args, node.kwargs)
+
+    def _value(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        values = tree_map(fake, (args, dict(kwargs)))
         with self.fake_mode:
-            value = target(*values[0], **values[1])
-        return self._insert(target, args, kwargs, value)
+            return target(*values[0], **values[1])
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -173,6 +190,12 @@ class Emitter:
         squares = self(aten.mul.Tensor, node, node)
         dims = list(range(1, node.meta["val"].dim()))
         return self(aten.sum.dim_IntList, squares, dims) if dims else squares
+
+    def add_parts(self, parts: Node) -> Node:
+        """(k, B) -> (B,): squared norms that come in parts. Where nothing else is done with them, ``collect`` adds the parts itself."""
+        total = self(aten.clamp_min.default, self(aten.sum.dim_IntList, parts, [0]), 0)
+        self.parts[total] = parts
+        return total
 
     def share(self, node: Node) -> Node:
         """What each example owns of a term that no example owns: 1/B."""

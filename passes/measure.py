@@ -1,19 +1,20 @@
 """The rewrite: for one parameter's gradient, nodes that compute s_b = |f(P_b)|^2 for every example b.
 
-    permutation of one contraction     s_b = |P_b|^2                 measure_products, _lookups, _convolutions
+    permutation of one contraction     s_b = |P_b|^2                 measure_products, _lookups, _convolutions, _norms
     sum of contractions                s_b = |sum_i P_ib|^2          measure_sums
     any other linear map f             s_b = |f(P_b)|^2              f lifted over the stack of all P_b
     shared (a term no example owns)    s_b = |g|^2 / B^2             each example gets 1/B of it, before squaring
     batched (a row per example)        s_b = |g_b|^2
     mixed                              refused, with the node's reason and the user's source line
 
-Numerics: the gradient itself changes by rounding at most (a sum over examples in fp32, fp64 for fp64); on the paths
-outer, ghost and segments it keeps its bits, because the contraction stays as it is. For bf16 and fp16 it stays on all paths
-but "fused", and there the sum over examples is rounded once.
+Numerics: the gradient itself changes by rounding at most: where it becomes a sum over examples, that is one in fp32 (fp64
+for fp64), rounded once. On the paths outer, ghost and segments it keeps its bits, because the contraction stays as it is; in
+bf16 and fp16 also on convolution, and on fused and materialise where no kernel of ours multiplies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,8 @@ from gnsfx.passes.entries import STACKED, sum_entries
 from gnsfx.passes.estimate import Estimator
 from gnsfx.passes.joint_graph import JointGraph
 from gnsfx.passes.measure_convolutions import Convolutions
-from gnsfx.passes.measure_lookups import lookup_of_all, measure_lookup
+from gnsfx.passes.measure_lookups import lookup_norms, lookup_of_all, measure_lookup
+from gnsfx.passes.measure_norms import NormLayer, Norms
 from gnsfx.passes.measure_products import Products
 from gnsfx.passes.measure_sums import Sums
 from gnsfx.passes.propagate import States
@@ -46,7 +48,13 @@ class Measurer:
     """Writes the measurements of one graph. Contractions are rewritten once, however many gradients use them."""
 
     def __init__(
-        self, view: JointGraph, states: States, emit: Emitter, planner: Planner, estimator: Estimator | None = None
+        self,
+        view: JointGraph,
+        states: States,
+        emit: Emitter,
+        planner: Planner,
+        estimator: Estimator | None = None,
+        spelled: Mapping[Node, NormLayer] | None = None,
     ) -> None:
         self.view, self.states, self.emit, self.planner = view, states, emit, planner
         self.estimator = estimator or Estimator(emit)
@@ -56,6 +64,7 @@ class Measurer:
         parts = (emit, planner, self.estimator, self.stacks)
         self.products, self.convolutions = Products(*parts), Convolutions(*parts)
         self.sums = Sums(*parts, view, self.products, self._single)
+        self.norms = Norms(emit, planner, states, self.stacks, spelled or {})
 
     def apply(self) -> None:
         """Put the rewritten gradients in place. Until then the graph reads as it was traced."""
@@ -141,7 +150,7 @@ class Measurer:
             if lookup is not None:
                 record.path = "segments"
                 self._gathered.add(leaf)
-                record.sq_norm = self._scaled(self.emit(ops.embedding_sq_norm.default, *lookup), scale)
+                record.sq_norm = self._scaled(lookup_norms(self.emit, *lookup), scale)
                 return record
             record.path = "lift"
             stack = self.stacks.of(gradient)
@@ -169,7 +178,7 @@ class Measurer:
         known_ = self._singles.get(found.node)
         if known_ is not None:  # two parameters added to one weight have the same gradient
             record.path, record.costs, record.sq_norm = known_.path, known_.costs, known_.sq_norm  # extra was counted
-            record.work = known_.work
+            record.work, record.dtype = known_.work, known_.dtype
         elif isinstance(found, Matmul) and not found.node.meta["val"].dtype.is_complex:
             choice = self.planner.matmul(found)
             with self.emit.at(found.node):
@@ -177,6 +186,8 @@ class Measurer:
             self.products.measure(record, choice, found.node, x, g)
         elif isinstance(found, Lookup) and not found.node.meta["val"].dtype.is_complex:
             measure_lookup(self.emit, self.planner, record, found)
+        elif self.norms.measures(found):
+            self.norms.measure(record, found)
         elif isinstance(found, Convolution) and not found.node.meta["val"].dtype.is_complex:
             self.convolutions.measure(record, found)
         elif isinstance(found, (RoutedMatmul, RaggedBags)) and not found.node.meta["val"].dtype.is_complex:

@@ -11,8 +11,9 @@ import torch
 from torch.fx import Node
 
 from gnsfx._torch import known
+from gnsfx.kernels import gpu
 from gnsfx.passes.contractions import Lookup
-from gnsfx.passes.emit import Emitter
+from gnsfx.passes.emit import Emitter, narrow
 from gnsfx.passes.record import Record
 from gnsfx.passes.rows import own_rows, skipping, zeros
 from gnsfx.passes.rules.indexing import Layout
@@ -34,7 +35,15 @@ def measure_lookup(emit: Emitter, planner: Planner, record: Record, found: Looku
         if outer:
             ids, g = found.factors(emit)
         record.path = "outer" if outer else "segments"
-        record.sq_norm = emit.square(g) if outer else emit(ops.embedding_sq_norm.default, ids, g)
+        record.sq_norm = emit.square(g) if outer else lookup_norms(emit, ids, g)
+
+
+def lookup_norms(emit: Emitter, ids: Node, g: Node) -> Node:
+    """(B,) for ids (B, T) and what they add to a table (B, T, D)."""
+    value = g.meta["val"]
+    if "embedding" in gpu.kernels_on(value.device) and value.dtype in gpu.LOOKED_UP:
+        return emit.add_parts(emit(ops.embedding_norm_parts.default, ids, narrow(g)))
+    return emit(ops.embedding_sq_norm.default, ids, g)
 
 
 def lookup_of_all(emit: Emitter, stacks: Stacks, leaf: Node) -> tuple[Node, Node] | None:

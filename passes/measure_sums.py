@@ -20,6 +20,7 @@ from gnsfx.passes.contractions import Lookup, Matmul
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.estimate import Estimator
 from gnsfx.passes.joint_graph import JointGraph
+from gnsfx.passes.measure_lookups import lookup_norms
 from gnsfx.passes.measure_products import Products
 from gnsfx.passes.record import Record
 from gnsfx.passes.select_path import Planner
@@ -61,20 +62,27 @@ class Sums:
             if ids is None:
                 assert x is not None and g is not None
             elif x is None or g is None:
-                record.path, record.sq_norm = "segments", self.emit(ops.embedding_sq_norm.default, ids, rows)
+                assert rows is not None
+                record.path, record.sq_norm = "segments", lookup_norms(self.emit, ids, rows)
                 return record
             else:  # the table is (V, D): x carries the rows, g the width
                 assert rows is not None
                 squeezed = [self.emit(aten.squeeze.dim, f, 1) for f in (g, x)]
-                if len(matmuls) > 1 or x.meta["val"].dtype != matmuls[0].contraction.node.meta["val"].dtype:
+                head = matmuls[0].contraction
+                assert isinstance(head, Matmul)
+                own = head.node.meta["val"].dtype
+                if len(matmuls) > 1 or (dtype != own and not self.planner.multiprocessors(head)):
                     record.path, record.sq_norm = "tied", self.emit(ops.tied_sq_norm.default, ids, rows, *squeezed)
                     return record
-                if self._table(record, matmuls[0], [ids, rows, *squeezed], (x, g)):
+                if dtype != own:  # of h the columns of the ids are read: no copy in another dtype for that
+                    squeezed[1] = self.emit(aten.squeeze.dim, self._oriented(matmuls[0], own)[0], 1)
+                elif self._table(record, matmuls[0], [ids, rows, *squeezed], (x, g)):
                     return record
-                parts = [self.emit(ops.embedding_sq_norm.default, ids, rows)]
+                parts = [lookup_norms(self.emit, ids, rows)]
                 parts.append(self.emit(aten.mul.Tensor, self.emit(ops.tied_cross.default, ids, rows, *squeezed), 2.0))
         if parts:
-            return self._tied(record, matmuls[0], parts)
+            assert ids is not None and rows is not None
+            return self._tied(record, matmuls[0], parts, (ids, rows))
         assert x is not None and g is not None
         choice = self.planner.factors(x, g)
         self.products.measure(record, choice, root, x, g)
@@ -84,7 +92,8 @@ class Sums:
         """The whole gradient of a tied table by one kernel, where that would take the head's norms along anyway."""
         assert isinstance(head.contraction, Matmul)
         choice, node = self.planner.matmul(head.contraction), head.contraction.node
-        if choice.path != "fused" or record.slot in self.estimator.chosen or not self.planner.sums_in_fp32(node):
+        takes_along = choice.path == "fused" and not choice.ours and self.planner.sums_in_fp32(node)
+        if record.slot in self.estimator.chosen or not takes_along:
             return False
         record.take(choice)
         self.estimator.matmul(record, choice, *factors)
@@ -94,14 +103,15 @@ class Sums:
         self.stacks.replace(head.root, self.emit(operator.getitem, table, 0))
         return True
 
-    def _tied(self, record: Record, head: Term, parts: list[Node]) -> Record:
+    def _tied(self, record: Record, head: Term, parts: list[Node], looked_up: tuple[Node, Node]) -> Record:
         """|E_b + H_b|^2 = |E_b|^2 + 2 <E_b, H_b> + |H_b|^2, the last on the cheapest path of the head's own contraction."""
         assert isinstance(head.contraction, Matmul)
         alone = self.single(replace(record), replace(head, transposed=False))
         record.path, record.costs, record.extra = f"tied, {alone.path}", alone.costs, alone.extra
+        record.dtype = alone.dtype
         record.status, record.reason = alone.status, alone.reason
         record.work, record.variance = alone.work, alone.variance
-        ids, rows = (parts[0].args[i].meta["val"].shape for i in (0, 1))  # type: ignore[union-attr]
+        ids, rows = (n.meta["val"].shape for n in looked_up)
         self.planner.add_tied(record, ids, rows, head.contraction)
         with self.emit.at(self.view.output):
             total = alone.sq_norm

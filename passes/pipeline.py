@@ -18,17 +18,21 @@ from torch.fx import Graph, Node
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
 from gnsfx._torch import size_hint
 from gnsfx.kernels.ops import start_builds
+from gnsfx.passes.add_residuals import add_residuals
 from gnsfx.passes.attach_collectors import attach_collectors
 from gnsfx.passes.budget import Item, spend
 from gnsfx.passes.check_graph import check_graph, signature
 from gnsfx.passes.documents import Documents, keep_apart
 from gnsfx.passes.emit import Emitter
 from gnsfx.passes.estimate import Estimator
+from gnsfx.passes.find_rms_norms import find_rms_norms
 from gnsfx.passes.joint_graph import JointGraph, read_joint_graph
 from gnsfx.passes.measure import Measurer
+from gnsfx.passes.measure_norms import NormLayer
+from gnsfx.passes.norm_layers import decompose, norm_layers, settle
 from gnsfx.passes.outside import OUTSIDE, find_outside, guard
 from gnsfx.passes.plain_step import memory_cap, plain_seconds
-from gnsfx.passes.propagate import States, propagate
+from gnsfx.passes.propagate import States
 from gnsfx.passes.record import Record, explain_mixed, refuse
 from gnsfx.passes.select_path import Planner
 from gnsfx.passes.share_grams import share_grams
@@ -107,25 +111,27 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     inputs = plan.states
     if plan.documents is not None and found is not None:
         inputs = {**inputs, **plan.documents.states(view, examples)}
-    states = propagate(view, inputs, examples)
+    refusal = plan.refusal
+    if refusal is None and found is None:
+        refusal = "the input that carries the batch dimension is not an input of the joint graph"
+    kept = dict(plan.elementwise)
+    apart = refusal is not None or plan.documents is not None
+    view, states = settle(view, inputs, examples, plan.slots, kept, apart)
     if keep_text:
         report.before = print_graph(graph, states)
     results = [view.results.get(i) for i in range(max(view.results, default=-1) + 1)]
     report.outputs = [states.get(n) if n is not None else None for n in results]
-    refusal = plan.refusal
-    if refusal is None and found is None:
-        refusal = "the input that carries the batch dimension is not an input of the joint graph"
     outside = find_outside(view, states)
     report.coupled = find_coupling(view, states, plan, refusal, outside)
     emit = Emitter(graph, examples)
     planner = Planner(examples, memory_cap(view, plan.memory), plan.forced)
     if refusal is None:
         planner = replace(planner, grams=share_grams(view, states, plan.slots, planner))
+    spelled = {} if refusal is not None else find_rms_norms(view, states, emit, plan.slots, frozenset(kept))
     estimator, excess = Estimator(emit), ""
     if plan.budget is not None and refusal is None:
-        estimator, excess = choose_estimates(view, states, emit, planner, plan)
-    measurer = Measurer(view, states, emit, planner, estimator)
-    kept = dict(plan.elementwise)
+        estimator, excess = choose_estimates(view, states, emit, planner, plan, spelled)
+    measurer = Measurer(view, states, emit, planner, estimator, spelled)
     for index in plan.slots:
         gradient, parameter = view.grads.get(index), view.inputs.get(index)
         record = Record(index, tuple(parameter.meta["val"].shape) if parameter is not None else ())
@@ -152,6 +158,8 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     variances = None if plan.budget is None else [r.variance for r in report.records]
     attach_collectors(graph, emit, norms, entries, count, report.coupled is not None, variances)
     graph.eliminate_dead_code()
+    add_residuals(graph, emit)
+    decompose(graph, list(norm_layers(graph)), examples)
     check_graph(graph, contract)
     start_builds(graph)
     if keep_text:
@@ -160,7 +168,12 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
 
 
 def choose_estimates(
-    view: JointGraph, states: States, emit: Emitter, planner: Planner, plan: Plan
+    view: JointGraph,
+    states: States,
+    emit: Emitter,
+    planner: Planner,
+    plan: Plan,
+    spelled: Mapping[Node, NormLayer],
 ) -> tuple[Estimator, str]:
     """What is estimated within the budget, and why the budget is not kept, if it is not.
 
@@ -169,7 +182,7 @@ def choose_estimates(
     assert plan.budget is not None and plan.seed is not None
     plain = plain_seconds(view.graph)
     seed = view.inputs.get(plan.seed)
-    paper = Measurer(view, states, emit, planner, Estimator(emit, seed))
+    paper = Measurer(view, states, emit, planner, Estimator(emit, seed), spelled)
     records = [paper.measure(Record(i, ()), view.grads[i]) for i in plan.slots if i in view.grads]
     items = [
         Item(r.slot, size_hint(view.grads[r.slot].meta["val"].numel()), r.extra, r.work)

@@ -101,6 +101,20 @@ def check_experts(name: str) -> None:
     test_routing.test_experts(getattr(test_routing, name))
 
 
+def check_for_cuda(path: str) -> None:
+    """The graph of a CUDA device, by its ops' twins."""
+    import pytest
+
+    from gnsfx.kernels import machine
+    from tests.passes import test_gpu_rewrite as rewrite
+
+    with pytest.MonkeyPatch.context() as patch:
+        rewrite.as_on_cuda(patch, {torch.float64})
+        machine.machine_for.cache_clear()
+        rewrite.compiled_like_autograd(rewrite.aligned(), **{"gns.path": path})
+    machine.machine_for.cache_clear()
+
+
 MODEL, PATH, RULE = (
     "tests.passes.test_measure:test_model",
     "tests.passes.test_measure:test_path",
@@ -184,6 +198,13 @@ MUTATIONS = [
              "", "tests.gnsfx.noise.test_intervals:test_ends_satisfy_fieller"),
     Mutation("the pair is that of large batches", "gnsfx.noise.estimators:unbiased_pair", "free = 1 - 1 / examples", "free = 1.0",
              "tests.gnsfx.noise.test_weights:test_token_means"),
+    Mutation("a product gets the norms of another one with the same Gram", "gnsfx.passes.measure_products:Products._by_blocks",
+             "getitem, block, len(others))", "getitem, block, 0)", "tests.mutations:check_for_cuda", ("ghost",)),
+    Mutation("the gradient of the fused kernel is that of another layout", "gnsfx.passes.measure_products:Products.measure",
+             "self._alone(x), self._alone(g), choice.tile", "self._alone(g), self._alone(x), choice.tile",
+             "tests.mutations:check_for_cuda", ("fused",)),
+    Mutation("parts that cancel are not clamped", "gnsfx.kernels.ops:collect", ".clamp_(min=0)", "",
+             "tests.kernels.test_gpu_ops:test_collect_adds_and_clamps_parts_alone"),
 ]
 # fmt: on
 

@@ -3,8 +3,8 @@
 Within gnsfx: the public names -> gnsfx.batch_size -> gnsfx.noise -> everything else.
 
 ``gnsfx.errors``, ``gnsfx.config``, ``gnsfx._torch`` and ``gnsfx._torch_distributed`` (the private names of PyTorch) are leaves: anyone may import
-them, and they import nothing else of ours. Triton is imported in functions of kernel files only: the package works
-where it is not installed.
+them, and they import nothing else of ours. Triton is imported by gnsfx.kernels.triton.* only, and those (but for the plan) in
+functions only: the package works where it is not installed.
 """
 
 import ast
@@ -19,13 +19,17 @@ STATISTICS = {
     "gnsfx.noise.series",
     "gnsfx.noise.intervals",
 }  # which benchmarks study by themselves
-DOORS = {"gnsfx.kernels.ops", "gnsfx.kernels.cost", "gnsfx.kernels.machine"}  # all that passes may know of kernels
+COSTS = {"gnsfx.kernels.cost", "gnsfx.kernels.cost_convolution", "gnsfx.kernels.cost_cuda"}
+DOORS = {"gnsfx.kernels.ops", "gnsfx.kernels.machine", *COSTS}  # all that passes may know of kernels
+SHARED = "gnsfx.kernels.gpu"  # but for what both must know: which CUDA kernels run where
+TRITON, PLAN = "gnsfx.kernels.triton.", "gnsfx.kernels.triton.plan"
 
 
 HOST = {"gnsfx.compiled_graph", "gnsfx.leaves", "gnsfx.tracked"}  # what host_time takes the time of
 PLANNING = {
     "gnsfx.calibrate",
     "gnsfx.kernels.cost",
+    "gnsfx.kernels.cost_cuda",
     "gnsfx.kernels.machine",
 }  # which benchmarks/paths.py puts to the test
 
@@ -75,12 +79,14 @@ def violations(module, source):
         top = target.partition(".")[0]
         if top in ("", "passes", "kernels"):
             yield f"{module} imports {target}: the import names are gnsfx.passes.* and gnsfx.kernels.*"
-        elif top == "triton" and not (inside and module.startswith("gnsfx.kernels.")):
-            yield f"{module} imports {target}: only functions in kernel files may"
+        elif top == "triton" and not module.startswith(TRITON):
+            yield f"{module} imports {target}: only files in kernels/triton may"
+        elif target.startswith(TRITON) and target != PLAN and not (inside or module.startswith(TRITON)):
+            yield f"{module} imports {target}, which needs Triton: only in functions"
         elif top == "gnsfx" and target != module:
             if level(target) > level(module):
                 yield f"{module} imports {target}: upward"
-            elif level(module) > 2 and level(target) == 1:
+            elif level(module) > 2 and level(target) == 1 and target != SHARED:
                 yield f"{module} imports {target}: kernels are reached through {' and '.join(sorted(DOORS))}"
 
 
@@ -113,8 +119,9 @@ def test_examples_use_what_is_public(path):
         ("gnsfx.collector", "from gnsfx.noise import estimators", "upward"),
         ("gnsfx.noise.estimators", "import kernels", "the import names are"),
         ("gnsfx.noise.estimators", "from .errors import GnsError", "the import names are"),
-        ("gnsfx.kernels.mm_norm", "import triton.language as tl", "only functions in kernel files"),
-        ("gnsfx.passes.emit", "def f():\n    import triton", "only functions in kernel files"),
+        ("gnsfx.kernels.mm_norm", "import triton.language as tl", "only files in kernels/triton"),
+        ("gnsfx.passes.emit", "def f():\n    import triton", "only files in kernels/triton"),
+        ("gnsfx.kernels.gpu_ops", "from gnsfx.kernels.triton import mm_norm", "which needs Triton"),
     ],
 )
 def test_the_check_can_fail(module, source, complaint):
