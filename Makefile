@@ -21,6 +21,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: lint
+	@$(BIN)/python -m tests.triton.releases
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not more" $(ARGS)
 
 test-more: $(VENV)/installed-test

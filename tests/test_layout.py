@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_layering import PLAN, SOURCES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,14 +38,28 @@ def test_our_modules_have_one_name_each(cwd, tmp_path):
     assert ours and all(name.partition(".")[0] == "gnsfx" for name in ours)
 
 
-def test_triton_is_not_needed(tmp_path):
-    program = """
-import json, sys
+WITHOUT_TRITON = """
+import importlib, json, sys
 sys.modules["triton"] = None  # importing it raises ImportError
-import gnsfx
-print(json.dumps(sorted(gnsfx.__all__)))
+for name in %r:
+    importlib.import_module(name)
+import torch, gnsfx
+from gnsfx.kernels import gpu
+assert gpu.kernels_on(torch.device("cuda")) == frozenset()
+model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+compiled = torch.compile(model, backend="gns", options={"gns.inner": "eager", "gns.per_example": True})
+compiled(torch.arange(6).view(3, 2)).square().mean((1, 2)).mean().backward()
+norms = gnsfx.per_example_sq_norms(model)
+print(json.dumps({name: [len(found), bool((found > 0).all())] for name, found in norms.items()}))
 """
-    assert "NoiseScale" in fresh(program, tmp_path)
+
+
+def test_triton_is_not_needed(tmp_path):
+    """By any module but those in its language, nor for a measured step."""
+    names = [name for name in SOURCES if not name.startswith("gnsfx.kernels.triton.") or name == PLAN]
+    assert fresh(WITHOUT_TRITON % names, tmp_path) == {
+        name: [3, True] for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias")
+    }
 
 
 def test_import_is_quick(tmp_path):
@@ -103,9 +119,11 @@ def test_wheel_holds_only_gnsfx(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"gnsfx"}
-    for folder in ("passes", "kernels"):
-        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
-        assert files and files <= {name.removeprefix("gnsfx/") for name in names}
+    held = {name.removeprefix("gnsfx/") for name in names}
+    for folder, kinds in {"passes": ["py"], "kernels": ["py", "cpp", "h"], "kernels/triton": ["py"]}.items():
+        for kind in kinds:
+            files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(f"*.{kind}")}
+            assert files and files <= held, kind
     assert "gnsfx/py.typed" in names
 
 
