@@ -129,6 +129,8 @@ def _fake_norm(
     shift: bool,
     first: bool = False,
     residual: Tensor | None = None,
+    g2: Tensor | None = None,
+    g3: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     B, _, D = x.shape
     scale = (x if weight is None else weight).new_empty
@@ -144,8 +146,8 @@ register("mm_norm_parts(Tensor x, Tensor g, int tile) -> (Tensor, Tensor)", mm_n
 register("gram_norm_parts(Tensor x, Tensor[] g, int tile) -> Tensor[]", gram_norm_parts, _fake_gram)
 register("embedding_norm_parts(Tensor ids, Tensor g) -> Tensor", embedding_norm_parts, _fake_embedding)
 register(
-    "norm_backward(Tensor g, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, bool shift, bool positions_first=False, Tensor? residual=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "norm_backward(Tensor g, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, bool shift, bool positions_first=False, Tensor? residual=None,"
+    " Tensor? g2=None, Tensor? g3=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     norm_backward,
     _fake_norm,
 )

@@ -46,6 +46,7 @@ from gnsfx.kernels.factors import same_leading
 from gnsfx.kernels.ghost_norm import FEW_POSITIONS_DTYPES, ghost_sq_norm, gram_sq_norm, shared_gram
 from gnsfx.kernels.mm_norm import mm_sq_norm, product_sq_norm
 from gnsfx.kernels.norm_backward import norm_takes as norm_takes
+from gnsfx.kernels.norm_backward import sum_taken as sum_taken
 from gnsfx.kernels.register import register
 from gnsfx.kernels.routed_norm import (
     count_ids,

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 import gnsfx.kernels.ops  # noqa: F401  (defines torch.ops.gnsfx)
 from gnsfx._torch import size_hint
 from gnsfx.kernels.ops import start_builds
+from gnsfx.passes.add_gradients import add_gradients
 from gnsfx.passes.add_residuals import add_residuals
 from gnsfx.passes.attach_collectors import attach_collectors
 from gnsfx.passes.budget import Item, spend
@@ -159,6 +160,7 @@ def rewrite(graph: Graph, plan: Plan, keep_text: bool = False) -> Report:
     attach_collectors(graph, emit, norms, entries, count, report.coupled is not None, variances)
     graph.eliminate_dead_code()
     add_residuals(graph, emit)
+    add_gradients(graph, emit)
     decompose(graph, list(norm_layers(graph)), examples)
     check_graph(graph, contract)
     start_builds(graph)

@@ -69,6 +69,7 @@ def _checks(bench: Bench) -> Iterator[tuple[Any, ...]]:
             yield "norm", norm, (6, 50, 384), dtype, "bare"
             yield "norm", norm, (6, 50, 384), dtype, "narrow"
             yield "norm", norm, (6, 50, 384), dtype, "added"
+            yield "norm", norm, (6, 50, 384), dtype, "summed"
 
 
 def _run(bench: Bench, check: Any, *arguments: Any) -> Row:
@@ -111,14 +112,15 @@ Pairs = dict[str, tuple[Tensor, Tensor, float]]
 
 def norm(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, kind: str, layout: str = "") -> Pairs:
     """``kind``: "layer", "rms"; "bare", without scale and shift; "narrow", its scale in the dtype of x; "added", something
-    is added to dx, which lies in memory with positions first."""
+    is added to dx, which lies in memory with positions first; "summed", three gradients are added up."""
     B, T, D = shape
     g, x, mean, rstd, weight = norm_arguments(bench, shape, dtype, kind == "rms")
     shift, added = kind not in ("rms", "bare"), bench.random(*shape, dtype=dtype) if kind == "added" else None
     scale = {"bare": None, "narrow": weight.to(dtype)}.get(kind, weight)
     g, x = laid_out(g, layout), laid_out(x, "" if layout == "expanded" else layout)
-    found = calls.norm_backward(g, x, mean, rstd, scale, shift, added is not None, added)
-    dx, gammas, betas = norm_truth(g, x, mean is None, scale)
+    more = [bench.random(*shape, dtype=dtype) for _ in range(2)] if kind == "summed" else []
+    found = calls.norm_backward(g, x, mean, rstd, scale, shift, added is not None, added, *more)
+    dx, gammas, betas = norm_truth(sum((m.double() for m in more), g.double()), x, mean is None, scale)
     dx = dx if added is None else dx + added
     rounded, one, all_ = UNIT[dtype if scale is None else scale.dtype], sums(T), sums(B * T)
     pairs = {"dx": (found[0], dx, UNIT[dtype] + sums(D)), "scale": (found[1], gammas.sum(0), rounded + all_)}

@@ -49,6 +49,14 @@ def row_registers(tile: RowTile, regime: int) -> int | None:
     return 128 if tile.warps == 8 and regime != WHOLE else None
 
 
+def row_gradients(D: int, rms: bool, size: int, of_each: int) -> int:
+    """How many output gradients of ``of_each`` bytes a number a program adds up beside an x of ``size`` bytes.
+
+    Sums of wider ones halve the programs that fit; for LayerNorm of wider rows they spill in the loop.
+    """
+    return 3 if D <= 8192 and of_each == 2 and (rms or size == 2) else 1
+
+
 def row_parts(D: int) -> int:
     """How many parts the norms of a row of ``D`` numbers come in, in every regime."""
     return -(-D // COLUMNS)

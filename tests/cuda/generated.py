@@ -17,16 +17,15 @@ from tests.cuda.codegen import Generated, generate
 from tests.cuda.models import CASES
 from tests.cuda.traced import capture
 
-MORE = {("gpt", "norm"): -0.9, ("llama", "norm"): 1.9, ("vit", "norm"): 1.7, ("gpt", "all"): -10.2}
+MORE = {("gpt", "norm"): -0.9, ("llama", "norm"): -6.1, ("vit", "norm"): 1.7, ("gpt", "all"): -10.2}
 """What our graphs move beyond plain ones. Where it is more, our op needs in memory what Inductor's kernel has in registers:
 
-    llama   the sum of the gradients that q, k and v, or gate and up, hand back is written, and read by our op: two passes for
-            each norm layer, eight here. Six are won back in the first layer alone, whose inputs Inductor reads twice.
+    llama   nothing: six passes are won in the first layer, whose inputs Inductor reads twice
     vit     the gradient behind the class token is written with zeros for all other positions, in whatever number of layers
 """
-CALLS = {("gpt", "norm"): -7, ("llama", "norm"): 13, ("vit", "norm"): -6, ("gpt", "all"): 17}
-"""The same of launches. For RMSNorm, without a shift, Inductor has a kernel, a sum and a cast; we have two kernels and the sum of
-the gradients. With all parameters there are kernels for squares that read nothing large, two for a bias or a product."""
+CALLS = {("gpt", "norm"): -7, ("llama", "norm"): 9, ("vit", "norm"): -6, ("gpt", "all"): 17}
+"""The same of launches. For RMSNorm, without a shift, Inductor has a kernel, a sum and a cast; we have two kernels, of which the
+second one adds slots. With all parameters there are kernels for squares that read nothing large, two for a bias or a product."""
 READS = ("gnsfx.embedding_norm_parts", "gnsfx.gram_norm_parts", "gnsfx.tied_cross")
 """Ops beside gradients that stay: they read what was read before. What tied_cross gathers counts as all of the logits."""
 INSIDE = {"gnsfx.norm_backward.default": 1, "gnsfx.collect.default": 4}
@@ -62,15 +61,22 @@ def test_no_pass_is_added(name: str, params: str) -> None:
 
 
 def test_a_layer_reads_and_writes_once() -> None:
-    """g, x and the residual connection are read, dx is written: four passes, and three for the last layer."""
-    _, backward = generated("gpt", "norm")
-    layers = [one for one in backward.launches if one.name == "gnsfx.norm_backward"]
-    passes = [sum((*one.read.values(), *one.written.values())) / unit("gpt") for one in layers]
-    assert sorted(map(round, passes)) == [3, 4, 4, 4, 4] and max(passes) < 4.01
+    """g, x and the residual connection are read, dx is written: four passes, and three for the last layer. Llama has up to three g."""
+    for name, expected in (("gpt", [3, 4, 4, 4, 4]), ("llama", [3, 5, 5, 6, 6])):
+        _, backward = generated(name, "norm")
+        layers = [one for one in backward.launches if one.name == "gnsfx.norm_backward"]
+        passes = sorted(sum((*one.read.values(), *one.written.values())) / unit(name) for one in layers)
+        assert all(0 <= found - each < 0.01 for found, each in zip(passes, expected, strict=True))
 
 
-def test_a_pass_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "add_residuals", lambda graph, emit: None)
-    apart = generate(capture("gpt"), Options(params="norm"))
-    lost = (moved(apart) - moved(generated("gpt", "norm"))) / unit("gpt")
-    assert lost > 5.9  # dx is written and read once more beside three layers; beside the first the embeddings add it
+LOST = {"add_residuals": ("gpt", 6), "add_gradients": ("llama", 8)}
+"""dx is written and read once more beside three layers (beside the first the embeddings add it), sums of gradients beside four."""
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_pass_more_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = LOST[name]
+    monkeypatch.setattr(pipeline, name, lambda graph, emit: None)
+    apart = generate(capture(model), Options(params="norm"))
+    lost = (moved(apart) - moved(generated(model, "norm"))) / unit(model)
+    assert lost > expected - 0.1

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gnsfx.config import Options
 from gnsfx.inner import eager_compile
 from gnsfx.kernels.triton import plan
 from gnsfx.passes.norm_layers import NORM_BACKWARDS
-from tests.cuda.traced import capture, rewritten
+from tests.cuda.traced import Captured, capture, rewritten
 
 AUTOCAST: dict[str, Any] = {"dtype": torch.float32, "autocast": True}
 NORM_CASES = [("gpt", {}), ("llama", {}), ("llama, nn.RMSNorm", {}), ("gpt", AUTOCAST), ("llama", AUTOCAST),
@@ -26,8 +29,10 @@ ALL_CASES = [("gpt", {}), ("gpt, short", {}), ("llama", {}), ("llama, short", {}
 NORMS = 5  # two layers with two, and the last
 ADDED = {"gpt": NORMS - 1, "llama": NORMS - 1, "vit": NORMS - 1}
 """Norm layers beside which there is a residual connection: all but the last one."""
-WIDE = {"gpt": 0, "llama": NORMS - 1, "vit": 1}
-"""Norm layers whose output gradient is in fp32 under autocast: a sum over several layers, or zeros but for the class token."""
+WIDE = {"gpt": 0, "llama": 0, "vit": 1}
+"""Norm layers whose output gradient is in fp32 under autocast: zeros but for the class token."""
+SUMS = {"gpt": [1] * NORMS, "llama": [1, 2, 2, 3, 3], "vit": [1] * NORMS}
+"""How many output gradients norm layers add up: of the head, of gate and up, of q, k and v."""
 LOOKUPS = {"gpt": 2, "llama": 1, "vit": 0}
 WEIGHTS = {"gpt": 9, "llama": 15, "vit": 9}  # of two layers and the head
 GRAMS = {"gpt": 9, "llama": 9, "vit": 8}
@@ -52,6 +57,7 @@ def test_norm_layers(name: str, setting: dict[str, Any]) -> None:
     assert not any(n.target in NORM_BACKWARDS for n in graph.nodes)
     layers = [n for n in graph.nodes if n.target is torch.ops.gnsfx.norm_backward.default]
     assert sum("residual" in n.kwargs for n in layers) == ADDED[kind(name)]
+    assert sorted(1 + ("g2" in n.kwargs) + ("g3" in n.kwargs) for n in layers) == SUMS[kind(name)]
     wide = [n for n in layers if n.args[0].meta["val"].dtype == torch.float32]  # type: ignore[union-attr]
     assert len(wide) == (WIDE[kind(name)] if setting else 0)
 
@@ -95,3 +101,29 @@ def test_a_dynamic_batch_gets_no_guards() -> None:
         next(n for n in graph.nodes if n.target is torch.ops.gnsfx.norm_backward.default).meta["val"][0].shape[0],
         torch.SymInt,
     )
+
+
+class Split(nn.Module):
+    """The table stays on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 16, device="cpu")
+        self.out, self.norm = nn.Linear(16, 16, device="cuda"), nn.LayerNorm(16, device="cuda")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.out(self.table(tokens).to("cuda"))).square().mean((1, 2))
+
+
+def test_norms_of_several_devices_meet_on_one() -> None:
+    kept: list[Captured] = []
+    torch._dynamo.reset()
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        model, tokens = Split(), torch.zeros(4, 8, dtype=torch.int64)
+        torch.compile(model, backend=lambda gm, inputs: (kept.append(Captured(gm, inputs, False)), gm.forward)[1])(
+            tokens
+        )
+    graph, report = rewritten(kept[0], Options(params="all"))
+    assert {r.status for r in report.records} == {"measured"}, [r.reason for r in report.records]
+    (collect,) = graph.find_nodes(op="call_function", target=torch.ops.gnsfx.collect.default)
+    assert {n.meta["val"].device.type for n in collect.args[0]} == {"cuda"}

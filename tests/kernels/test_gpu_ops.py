@@ -114,6 +114,26 @@ def test_opcheck(tile: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(gns.embedding_norm_parts.default, (ids, g), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e5])
+def test_rows_that_fp16_cannot_hold_under_autocast(size: float) -> None:
+    ids, g = torch.tensor([[0, 0, 1], [2, 3, 1]]), random(2, 3, 8).float() * size
+    x, h = random(2, 4, 8, dtype=torch.float16), random(2, 4, 5, dtype=torch.float16)
+    truth = gns.tied_cross(ids, g.double(), x.double(), h.double())
+    torch.testing.assert_close(gns.tied_cross(ids, g, x, h).double(), truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_results_start_where_inductor_takes_them_to(shift: bool) -> None:
+    x, g, rstd = random(3, 5, 7).float(), random(3, 5, 9).float(), random(3, 5).float()
+    results = (
+        gns.norm_backward(x, x, None, rstd, None, shift),
+        gns.mm_norm_parts(x, g, 1),
+        gns.gram_norm_parts(x, [g] * 3, 2),
+    )
+    for each in (t for found in results for t in found):
+        assert each.storage_offset() * each.element_size() % 16 == 0
+
+
 @pytest.mark.parametrize("op", ["mm_sq_norm", "product_sq_norm", "ghost_sq_norm"])
 @pytest.mark.parametrize("fake", [True, False])
 def test_factors_of_other_batches_are_no_sum(op: str, fake: bool) -> None:

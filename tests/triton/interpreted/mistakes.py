@@ -125,6 +125,20 @@ MISTAKES = [
         "r += example * x_b",
         lambda: rows.test_any_strides("positions first", True),
     ),
+    Mistake(
+        "the last gradient is read in place of the one before",
+        norm_backward,
+        "tl.load(g2 + rows",
+        "tl.load(g3 + rows",
+        lambda: rows.test_a_sum_of_gradients("chunk", 3, "contiguous", True),
+    ),
+    Mistake(
+        "gradients lie in different ways",
+        norm_backward,
+        "alike = len({g.stride() for g in gradients}) == 1",
+        "alike = True",
+        lambda: rows.test_a_sum_of_gradients("chunk", 2, "otherwise", True),
+    ),
     Mistake("what is added is scaled", norm_backward, "        out *= scale[:, None]\n", "", regime("chunk", True)),
     Mistake(
         "norms of all tiles but the last example's are one sum",

@@ -36,6 +36,7 @@ def check(
     multiprocessors: int,
     positions_first: bool = False,
     residual: Tensor | None = None,
+    *more: Tensor,
 ) -> None:
     B, T, D = x.shape
     exact = x.double()
@@ -43,15 +44,19 @@ def check(
     rstd = ((exact if mean is None else exact - mean.unsqueeze(2)).square().mean(2) + 1e-5).rsqrt()
     statistics = (None if mean is None else mean.float(), rstd.float())
     w, r = (None if t is None else t.double() for t in (weight, residual))
-    truth = twin(g.double(), exact, mean, rstd, w, not rms, residual=r)
-    found = norm_backward.norm_backward(g, x, *statistics, weight, not rms, multiprocessors, positions_first, residual)
+    truth = twin(sum((m.double() for m in more), g.double()), exact, mean, rstd, w, not rms, residual=r)
+    found = norm_backward.norm_backward(
+        g, x, *statistics, weight, not rms, multiprocessors, positions_first, residual, *more
+    )
     rounded = UNIT[x.dtype if weight is None else weight.dtype]
-    summands = (g.double() * rstd.unsqueeze(2) * (1 if w is None else w)).abs().max()
+    largest = sum((m.double().abs() for m in more), g.double().abs())
+    summands = (largest * rstd.unsqueeze(2) * (1 if w is None else w)).abs().max()
     # a mean of numbers around 1 costs the digits that the subtraction cancels
     expect(found[0], truth[0], UNIT[x.dtype], terms=D, summands=summands.item())
     expect(found[1], truth[1], rounded, terms=B * T)
     expect(found[3].sum(0), truth[3].sum(0), terms=T * D)
     assert found[3].shape == truth[3].shape and found[4].shape == truth[4].shape
+    assert all(t.storage_offset() * t.element_size() % 16 == 0 for t in found), "Inductor takes results to be aligned"
     assert (
         found[0].stride()
         == (torch.empty(T, B, D).transpose(0, 1) if positions_first else torch.empty(B, T, D)).stride()
@@ -99,13 +104,35 @@ def test_any_strides(spread: str, rms: bool) -> None:
         check(x, g, random(2 * D)[::2], rms, 2, positions_first=spread == "positions first", residual=residual)
 
 
+SUMS = [
+    ("chunk", 2, "contiguous"), ("chunk", 3, "contiguous"), ("whole", 2, "alike"), ("whole", 3, "every other column"),
+    ("flat", 3, "alike"), ("chunk", 2, "otherwise"), ("one row", 3, "otherwise"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize(("name", "count", "spread"), SUMS)
+def test_a_sum_of_gradients(name: str, count: int, spread: str, rms: bool) -> None:
+    (B, T, D), multiprocessors, _ = SHAPES[name]
+    laid = {
+        "contiguous": lambda s: random(B, T, D, dtype=torch.float16, seed=s),
+        "alike": lambda s: random(T, B, D, dtype=torch.float16, seed=s).transpose(0, 1),
+        "otherwise": lambda s: random(B, T, D, seed=s) if s % 2 else random(T, B, D, seed=s).transpose(0, 1),
+        "every other column": lambda s: random(B, T, 2 * D, seed=s)[..., ::2],
+    }[spread]
+    x, residual = random(B, T, D), random(B, T, D, seed=1) if count == 3 else None
+    first, *more = (laid(s) for s in range(2, 2 + count))
+    check(x, first, random(D, seed=9), rms, multiprocessors, False, residual, *more)
+
+
 def test_an_example_is_not_read_by_another() -> None:
     """Sums of an example that is not a number stay its own: in every regime, and where programs own several examples."""
     for (B, T, D), multiprocessors, _ in (SHAPES[name] for name in ("chunk", "whole", "flat")):
         x, g = random(B, T, D), random(B, T, D, seed=1)
         x[1] = float("nan")
-        *_, gamma, beta = norm_backward.norm_backward(g, x, None, x.square().mean(2), None, True, multiprocessors)
-        assert gamma.sum(0).isnan().nonzero().tolist() == [[1]] and not beta.isnan().any()
+        mean, rstd = x.mean(2), x.square().mean(2)
+        *_, gamma, beta = norm_backward.norm_backward(g, x, mean, rstd, None, True, multiprocessors)
+        assert gamma.sum(0).isnan().nonzero().tolist() == [[1]] and bool((beta.sum(0) > 0).all())
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])

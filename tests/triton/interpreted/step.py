@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gnsfx.errors import GnsWarning
 from gnsfx.kernels import gpu, gpu_checks, machine
+from gnsfx.kernels.norm_backward import agrees
 from gnsfx.kernels.triton import embedding_norm, mm_norm, norm_backward, plan
 from tests import oracle, zoo
 from tests.passes.test_gpu_rewrite import as_on_cuda, compiled_like_autograd
@@ -91,6 +92,21 @@ def test_products_pass_the_check_on_a_device(tile: int, ran: Counter[str]) -> No
 def test_grams_pass_the_check_on_a_device(tile: int, ran: Counter[str]) -> None:
     x = torch.empty(3, 5, 8, dtype=torch.float16)
     assert gpu_checks.gram_is_right(tile, [x, x.transpose(0, 1).contiguous().transpose(0, 1)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("regime", plan.row_regimes(8))
+def test_norm_layers_pass_the_check_on_a_device(regime: int, count: int) -> None:
+    x, rows = torch.empty(3, 5, 8, dtype=torch.float16), torch.empty(3, 5)
+    more = [x] * (count - 1) + [None] * (3 - count)
+    assert agrees((x, x, rows, rows, rows[0], x, *more), True, regime)
+
+
+def test_the_check_knows_no_default_device(ran: Counter[str]) -> None:
+    x, rows = torch.empty(3, 5, 8), torch.empty(3, 5)
+    with torch.device("meta"):
+        assert gpu_checks.lookup_is_right(rows.long(), x)
+        assert agrees((x, x, None, rows, None, None, None, None), False, plan.CHUNK)
 
 
 @pytest.mark.parametrize("kernel", HOSTS)
