@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,7 +91,10 @@ class Collectors:
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
         trained = (v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
-        self._device = next((v.device for v in (*parameters, *trained)), torch.device("cpu"))
+        devices = Counter(v.device for v in parameters) or Counter(v.device for v in trained)
+        self._device = max(
+            devices, key=devices.__getitem__, default=torch.device("cpu")
+        )  # where the fewest norms have to be copied
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
         self._all_slots = (*self._slots, *capture.unselected)
         # a graph without parameters has one collector

@@ -29,7 +29,7 @@ _AMPERE = (8, 0)  # the first with asynchronous copies and bf16
 _MULTIPROCESSORS = 132
 
 _trusted: dict[tuple[Hashable, torch.device], bool] = {}
-_lock = threading.Lock()
+_locks: dict[torch.device, threading.Lock] = {}
 
 
 def kernels_on(device: torch.device) -> frozenset[str]:
@@ -72,7 +72,8 @@ def trusted(key: Hashable, device: torch.device, check: Callable[[], bool]) -> b
         return known
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
-    with _lock:  # each device has a thread in the backward pass
+    # A lock of its own for each device: each has a thread in the backward pass, and one may wait for another's collective.
+    with _locks.setdefault(device, threading.Lock()):
         if (key, device) not in _trusted:
             _trusted[key, device] = _agrees(key, device, check)
         return _trusted[key, device]
@@ -81,9 +82,7 @@ def trusted(key: Hashable, device: torch.device, check: Callable[[], bool]) -> b
 def _agrees(key: Hashable, device: torch.device, check: Callable[[], bool]) -> bool:
     try:
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            agree = check()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            agree = check()  # reads the results back, so what goes wrong on the device shows here
         trouble = "" if agree else "its numbers are not those of the same sums in PyTorch"
     except Exception as error:  # whatever a compiler or a driver raises
         trouble = f"{type(error).__name__}: {str(error)[:500]}"

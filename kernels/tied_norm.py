@@ -55,6 +55,8 @@ def tied_cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
     same_leading(2, x, h)
     same_leading(1, g, x)
     dtype = accumulate_dtype(g.dtype, h.dtype)
+    # fp16 has too little range for what autocast keeps in fp32
+    multiplied = dtype if x.dtype == torch.float16 and g.dtype != x.dtype else x.dtype
     budget = budget_for(g.device.type)
     positions = example_chunk(T, S, dtype.itemsize, budget)
     examples = example_chunk(B, positions * S, dtype.itemsize, budget)
@@ -67,6 +69,6 @@ def tied_cross(ids: Tensor, g: Tensor, x: Tensor, h: Tensor) -> Tensor:
             t = slice(t0, t0 + positions)
             index = valid.unsqueeze(1).expand(-1, min(positions, T - t0), -1).long()
             picked = h[b, t].gather(2, index).to(dtype)
-            inner = gram(x[b, None, t], rows.unsqueeze(1).to(x.dtype)).squeeze(1)
+            inner = gram(x[b, None, t].to(multiplied), rows.unsqueeze(1).to(multiplied)).squeeze(1)
             cross[b].add_(picked.mul_(inner).sum((1, 2)))
     return cross

@@ -109,10 +109,13 @@ def attach_collectors(
         if count is None:
             counts = emit(aten.full.default, [len(parts) + 1], emit.size(emit.examples), **like)
         else:
-            counts = emit(aten.expand.default, emit.cast(count, value.dtype), [len(parts) + 1])
+            counts = emit(aten.expand.default, _on(emit, emit.cast(count, value.dtype), value.device), [len(parts) + 1])
         columns, stacked = [flag, counts], None
         if parts:
-            stacked = emit.cast(emit(torch.ops.gnsfx.collect.default, [_in_parts(emit, p) for p in parts]), value.dtype)
+            stacked = emit.cast(
+                emit(torch.ops.gnsfx.collect.default, [_on(emit, _in_parts(emit, p), value.device) for p in parts]),
+                value.dtype,
+            )
             columns.insert(0, emit(aten.sum.dim_IntList, stacked, [1]))
         if variances is not None:
             columns += _in_places(emit, [*variances, None], like)
@@ -136,9 +139,14 @@ def _in_parts(emit: Emitter, node: Node) -> Node:
     return parts if parts is not None and isinstance(parts.meta["val"].shape[0], int) else node
 
 
+def _on(emit: Emitter, node: Node, device: torch.device) -> Node:
+    """Layers may be on several devices, the leaves are on one."""
+    return node if node.meta["val"].device == device else emit(torch.ops.prims.device_put.default, node, device)
+
+
 def _in_places(emit: Emitter, rows: Sequence[Node | None], like: dict[str, Any]) -> list[Node]:
     """Pieces of a vector: the sums of (B,) nodes where they are, zeros elsewhere."""
-    given = [row for row in rows if row is not None]
+    given = [_on(emit, row, like["device"]) for row in rows if row is not None]
     if not given:
         return [emit(aten.full.default, [len(rows)], 0.0, **like)]
     sums = emit(aten.sum.dim_IntList, emit.cast(emit(torch.ops.gnsfx.collect.default, given), like["dtype"]), [1])
@@ -155,7 +163,7 @@ def _in_places(emit: Emitter, rows: Sequence[Node | None], like: dict[str, Any])
 
 def _side_by_side(emit: Emitter, entries: Sequence[tuple[Node | None, str, int]], like: dict[str, Any]) -> Node:
     parts = [
-        emit.cast(emit.view(node, [numbers]), like["dtype"])
+        _on(emit, emit.cast(emit.view(node, [numbers]), like["dtype"]), like["device"])
         if node is not None
         else emit(aten.full.default, [numbers], 0.0 if status == "unused" else REFUSED, **like)
         for node, status, numbers in entries
