@@ -92,9 +92,8 @@ class Collectors:
         self._dtype = torch.float64 if double else torch.float32
         trained = (v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
         devices = Counter(v.device for v in parameters) or Counter(v.device for v in trained)
-        self._device = max(
-            devices, key=devices.__getitem__, default=torch.device("cpu")
-        )  # where the fewest norms have to be copied
+        # where the fewest norms have to be copied
+        self._device = max(devices, key=devices.__getitem__, default=torch.device("cpu"))
         self._of: Any = WeakIdKeyDictionary()  # first parameter -> {ids: Collector}
         self._all_slots = (*self._slots, *capture.unselected)
         # a graph without parameters has one collector

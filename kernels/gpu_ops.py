@@ -121,16 +121,7 @@ def _fake_embedding(ids: Tensor, g: Tensor) -> Tensor:
 
 
 def _fake_norm(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    shift: bool,
-    first: bool = False,
-    residual: Tensor | None = None,
-    g2: Tensor | None = None,
-    g3: Tensor | None = None,
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, shift: bool, first: bool = False, *_
 ) -> tuple[Tensor, ...]:
     B, _, D = x.shape
     scale = (x if weight is None else weight).new_empty

@@ -23,7 +23,8 @@ MULTIPLIES = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbm
 
 def add_gradients(graph: Graph, emit: Emitter) -> None:
     """In place; a sum of which the layer cannot read all terms stays as it is."""
-    for layer in graph.find_nodes(op="call_function", target=ops.norm_backward.default):
+    layers = graph.find_nodes(op="call_function", target=ops.norm_backward.default)
+    for layer in layers:
         g, x, mean, *others = layer.args
         terms = _terms(g)
         values = [term.meta["val"] for term in terms]
@@ -33,7 +34,8 @@ def add_gradients(graph: Graph, emit: Emitter) -> None:
                 first, *more = (emit.view(term, emit.shape(g)) for term in terms)
             layer.args = (first, x, mean, *others)
             layer.kwargs = layer.kwargs | dict(zip(("g2", "g3"), more, strict=False))
-    graph.eliminate_dead_code()
+    if layers:
+        graph.eliminate_dead_code()
 
 
 def _terms(node: Node) -> list[Node]:

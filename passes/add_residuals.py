@@ -23,8 +23,9 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 def add_residuals(graph: Graph, emit: Emitter) -> None:
     """In place; sums whose other term comes later than the layer stay as they are."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for layer in graph.find_nodes(op="call_function", target=ops.norm_backward.default):
+    layers = graph.find_nodes(op="call_function", target=ops.norm_backward.default)
+    order = {node: i for i, node in enumerate(graph.nodes)} if layers else {}
+    for layer in layers:
         for dx in [user for user in layer.users if user.target is operator.getitem and user.args[1] == 0]:
             for value, total, other in _sums(dx):
                 if _zeros(other):
@@ -37,7 +38,6 @@ def add_residuals(graph: Graph, emit: Emitter) -> None:
                 else:
                     break
                 graph.erase_node(total)
-    graph.eliminate_dead_code()
 
 
 def _sums(dx: Node) -> Iterator[tuple[Node, Node, Node]]:

@@ -48,8 +48,8 @@ def find_rms_norms(
     found: dict[Node, NormLayer] = {}
     traces: dict[Any, Trace | None] = {}
     taken: set[Node] = set()
-    order = {n: i for i, n in enumerate(view.graph.nodes)}
     sums = dict(_sums(view, states, slots, entries))
+    order = {n: i for i, n in enumerate(view.graph.nodes)} if sums else {}
     for node, dtype in sums.items():
         try:
             layers = [m.layer(order, states, emit.examples) for m in _matches(node, dtype, traces, emit)]
